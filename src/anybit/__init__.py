@@ -1,0 +1,81 @@
+"""anybit: any quantized LLM checkpoint, on any chip, proven right.
+
+    import anybit
+
+    checkpoint = anybit.open("path/to/folder")          # headers only: .dialect, .layers, .read(name)
+    plan = anybit.plan(checkpoint)                      # what would run each layer here, and why
+    model = anybit.load("path/to/folder")               # an ordinary transformers model
+    anybit.enable()                                     # plain from_pretrained takes our dialects
+
+`open` and `plan` import no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from anybit.errors import AnybitError
+
+if TYPE_CHECKING:
+    from anybit.checkpoints.checkpoint import Checkpoint
+    from anybit.planning.plan import Plan
+    from anybit.platforms import Platform
+
+__version__ = "0.1.0"
+__all__ = ["AnybitError", "__version__", "enable", "load", "open", "plan"]
+
+
+def open(path: str | os.PathLike[str]) -> Checkpoint:
+    """A checkpoint's headers: dialect, layers with their schemes, and a reader for each.
+
+    path  "smollm2" (the demo model), a folder, a .gguf file, or a hub id
+
+    Raises AnybitError, which says where, what was found, what was wanted and what to do.
+    """
+    from anybit.checkpoints import open as open_checkpoint
+
+    return open_checkpoint(path)
+
+
+def plan(
+    checkpoint: Checkpoint | str | os.PathLike[str],
+    platform: Platform | str | None = None,
+    *,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    kernel: str | None = None,
+) -> Plan:
+    """What would run each layer on `platform` (a Platform, a name such as "mi300x", default: here), and why.
+
+    No tensor is read and torch is not imported.
+    """
+    from anybit.checkpoints import open as open_checkpoint
+    from anybit.checkpoints.checkpoint import Checkpoint
+    from anybit.hosts.plans import make_plan
+    from anybit.platforms import named
+
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
+    if isinstance(platform, str):
+        platform = named(platform)
+    return make_plan(checkpoint, platform, dtype=dtype, quantization=quantization, kernel=kernel)
+
+
+def load(
+    path: str | os.PathLike[str] | Checkpoint,
+    dtype: Any = None,
+    device: Any = None,
+    **options: Any,
+) -> Any:
+    """An ordinary transformers model whose quantized layers are ours: see `anybit.hosts.transformers.load`."""
+    from anybit.hosts.transformers import load as load_model
+
+    return load_model(path, dtype, device, **options)
+
+
+def enable() -> None:
+    """Make plain `AutoModelForCausalLM.from_pretrained` read our dialects: see `anybit.hosts.transformers.enable`."""
+    from anybit.hosts.transformers import enable as take_over
+
+    take_over()

@@ -1,0 +1,58 @@
+"""Stored tensors as canonical parts: float8 and e8m0 as bytes, scales on their grid; what no writer means is refused.
+
+Pure functions on tensors; the one module of this folder that imports torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from anybit.checkpoints.checks import refuse_bad_scales
+from anybit.errors import Damaged
+from anybit.weights import scale_values
+
+_REMEDY = "the file is damaged: download it again, or get it from its writer"
+
+
+def fp8_codes(stored: Tensor, where: str) -> Tensor:
+    """Bytes of an e4m3fn weight, uint8 of the same shape; refuses the NaN codes 7F and FF, which no writer stores."""
+    codes = stored.view(torch.uint8)
+    # int8 view: the two NaN codes are 127 and -1, and no temporary of the weight's size but the masks is needed
+    bad = (codes == 0x7F) | (codes == 0xFF)
+    if bool(bad.any()):
+        first = int(bad.flatten().byte().argmax())
+        raise Damaged("NaN codes in an fp8 weight", where=where, found=f"{int(bad.sum())}, the first at element {first}",
+                      wanted="none", remedy=_REMEDY)
+    return codes
+
+
+def int_codes(stored: Tensor, bits: int, where: str) -> Tensor:
+    """Signed codes of `bits` bits that a file keeps one an int8; refuses values that do not fit."""
+    most = 2 ** (bits - 1) - 1
+    if bits < 8:
+        bad = (stored > most) | (stored < -most - 1)
+        if bool(bad.any()):
+            first = int(bad.flatten().byte().argmax())
+            raise Damaged(f"codes outside int{bits}", where=where,
+                          found=f"{int(stored.flatten()[first])} at element {first}", wanted=f"{-most - 1} … {most}",
+                          remedy=_REMEDY)
+    return stored
+
+
+def scales(stored: Tensor, format: str, where: str, *, allow_zero: bool = True, allow_negative: bool = False) -> Tensor:
+    """Stored scales as canonical scales: wide floats as they are, e4m3 and e8m0 as uint8; refuses NaN and Inf.
+
+    e8m0 byte 255 is its NaN; a sign bit in an e4m3 scale is refused unless `allow_negative`.
+    """
+    if stored.element_size() == 1:
+        stored = stored.view(torch.uint8)
+    refuse_bad_scales(scale_values(format, stored), where, allow_zero=allow_zero, allow_negative=allow_negative)
+    return stored
+
+
+def one_value(stored: Tensor, where: str, *, allow_zero: bool = False) -> Tensor:
+    """A single positive float, stored as [], [1] or [1, 1], as float32 of shape [1]."""
+    value = stored.reshape(1).float()
+    refuse_bad_scales(value, where, allow_zero=allow_zero, allow_negative=False)
+    return value

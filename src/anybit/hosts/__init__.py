@@ -1,0 +1,1 @@
+"""Hosts: the engines that anybit lives in. Hugging Face transformers is the default one."""

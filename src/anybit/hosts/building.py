@@ -1,0 +1,50 @@
+"""An empty transformers model: real buffers, parameters without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from anybit.hosts.filling import demand_known
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules made inside have parameters on meta, and buffers (rotary tables) computed as usual."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(self, name, param)
+        if param is not None:
+            kind = type(self._parameters[name])
+            self._parameters[name] = kind(self._parameters[name].to("meta"), requires_grad=False)  # type: ignore[misc, union-attr]
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The causal language model that `config` describes, without weights.
+
+    Only architectures that transformers itself knows: no code of the checkpoint runs.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    demand_known(config.get("model_type"))
+    kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in _DROPPED}
+    made = CONFIG_MAPPING[config["model_type"]].from_dict(kept)
+    with parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(made, dtype=dtype)
+    return cast("Any", model.eval())
+
+
+# what names code, or describes storage that is no longer there
+_DROPPED = frozenset({"auto_map", "quantization_config", "compression_config", "torch_dtype", "dtype"})

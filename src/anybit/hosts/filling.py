@@ -1,0 +1,282 @@
+"""Checkpoint layers into a transformers model: which module each replaces, then the tensors, one layer at a time.
+
+Two phases, because transformers' own loader may run between them (the take-over door): `assign` decides from names
+and puts placeholders into the model; `fill` reads, canonicalizes, prepares and installs. Nothing is left random:
+`demand_filled` names every parameter that no tensor reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from anybit.checkpoints.checkpoint import Checkpoint
+from anybit.errors import AnybitError, Inconsistent, Unsupported
+from anybit.hosts.modules import AnybitEmbedding, AnybitExperts, AnybitLinear, TiedHead, product_of
+from anybit.hosts.naming import Naming
+from anybit.kernels.catalogue import implementation
+from anybit.planning.plan import Plan
+from anybit.schemes import Layer
+from anybit.weights import Dense, Weight
+
+DeviceOf = Callable[[str], torch.device]
+Quantizer = Callable[[Layer, Dense], Weight]
+Progress = Callable[[str, int], None]
+
+
+@dataclass
+class Assignment:
+    """What goes where, from names alone.
+
+    modules  module path -> layer: replaced by a module of ours
+    experts  experts module -> role -> expert index (-1: a stack) -> layer
+    tensors  parameter -> layer: filled as an ordinary parameter
+    plain    parameter -> name in the checkpoint's `plain`
+    unused   layers and tensors of the checkpoint that the model has no place for
+    """
+
+    modules: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, dict[str, dict[int, str]]] = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)
+    plain: dict[str, str] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+
+
+class Placeholder(nn.Module):
+    """Stands where a module of ours will be: no parameters, so that no loader fills or initialises anything."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = [original]  # unregistered
+        for name in ("in_features", "out_features", "num_embeddings", "embedding_dim"):
+            if hasattr(original, name):
+                setattr(self, name, getattr(original, name))
+
+
+def assign(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> Assignment:
+    """Decide the place of every layer and tensor, and put placeholders where modules of ours will be."""
+    naming = Naming(model)
+    found = Assignment()
+    for layer in checkpoint.layers.values():
+        _assign_layer(found, naming, layer, plan)
+    _keep_plain_experts(found, naming, checkpoint)
+    for name in checkpoint.plain:
+        parameter = naming.parameter(name)
+        if parameter:
+            found.plain[parameter] = name
+        else:
+            found.unused.append(name)
+    for path in (*found.modules, *found.experts):
+        model.set_submodule(path, Placeholder(naming.modules[path]))
+    return found
+
+
+def _assign_layer(found: Assignment, naming: Naming, layer: Layer, plan: Plan) -> None:
+    direct = naming.parameter(layer.name)  # stacked experts carry the name of the parameter itself
+    scheme = plan.unit_of(layer.name).scheme
+    if direct and not scheme.is_quantized:
+        found.tensors[direct] = layer.name
+        return
+    place = naming.place(layer.name)
+    if place is None:
+        found.unused.append(layer.name)
+    elif place.role:
+        found.experts.setdefault(place.module, {}).setdefault(place.role, {})[place.expert] = layer.name
+    elif scheme.is_quantized and type(naming.modules[place.module]) in _REPLACED | _subclasses(naming, place.module):
+        found.modules[place.module] = layer.name
+    else:
+        found.tensors[f"{place.module}.weight"] = layer.name
+        if layer.has_bias and f"{place.module}.bias" in naming.parameters:
+            found.tensors[f"{place.module}.bias"] = layer.name
+
+
+_REPLACED: frozenset[type[nn.Module]] = frozenset({nn.Linear, nn.Embedding})
+
+
+def _subclasses(naming: Naming, module: str) -> frozenset[type[nn.Module]]:
+    """Scaled lookup tables are subclasses of Embedding that say their factor; other subclasses stay as they are."""
+    found = naming.modules[module]
+    return frozenset({type(found)}) if isinstance(found, nn.Embedding) and hasattr(found, "embed_scale") else frozenset()
+
+
+def _keep_plain_experts(found: Assignment, naming: Naming, checkpoint: Checkpoint) -> None:
+    """A model without fused experts (older architectures keep a ModuleList) takes the pieces as plain linears."""
+    for module in [m for m in found.experts if m not in naming.modules]:
+        found.unused += [name for by in found.experts.pop(module).values() for name in by.values()]
+
+
+@dataclass
+class Filler:
+    """The second phase: reads layer by layer and installs.
+
+    device_of  device for a module path
+    quantize   quantizes a dense weight while loading (--quantization), or returns it
+    progress   called with (layer, bytes read)
+    """
+
+    model: nn.Module
+    checkpoint: Checkpoint
+    plan: Plan
+    assignment: Assignment
+    dtype: torch.dtype
+    device_of: DeviceOf
+    quantize: Quantizer | None = None
+    progress: Progress | None = None
+
+    def fill(self, *, with_plain: bool = True) -> None:
+        """Install everything; without `with_plain` only modules of ours (transformers loaded the rest)."""
+        found = self.assignment
+        for path, name in found.modules.items():
+            self.model.set_submodule(path, self._module(path, name))
+        for path, roles in found.experts.items():
+            self.model.set_submodule(path, self._experts(path, roles))
+        if with_plain:
+            for parameter, name in found.tensors.items():
+                self._set(parameter, self._dense_part(parameter, name))
+            for parameter, name in found.plain.items():
+                self._set(parameter, self.checkpoint.read_plain(name))
+        self._tie()
+
+    def _read(self, name: str) -> Weight:
+        layer = self.checkpoint.layers[name]
+        weight = self.checkpoint.read(name)
+        if self.quantize is not None and isinstance(weight, Dense):
+            try:
+                weight = self.quantize(layer, weight)
+            except AnybitError as error:
+                error.where = error.where or name
+                raise
+        if self.progress is not None:
+            self.progress(name, layer.stored_bytes)
+        return weight
+
+    def _linear(self, name: str, weight: Weight, device: torch.device) -> AnybitLinear:
+        spec = self.plan.unit_of(name).choice.kernels["decode"][0]
+        stored = implementation(spec).prepare(weight.to(device), self.dtype)
+        return AnybitLinear(product_of(weight, stored, device))
+
+    def _module(self, path: str, name: str) -> nn.Module:
+        original = cast("Placeholder", self.model.get_submodule(path)).original[0]
+        weight = self._read(name)
+        device = self.device_of(path)
+        if not isinstance(original, nn.Embedding):
+            return self._linear(name, weight, device)
+        spec = self.plan.unit_of(name).choice.kernels["decode"][0]
+        stored = implementation(spec).prepare(weight.to(device), self.dtype)
+        return AnybitEmbedding(product_of(weight, stored, device), self.dtype, getattr(original, "embed_scale", None))
+
+    def _experts(self, path: str, roles: Mapping[str, Mapping[int, str]]) -> AnybitExperts:
+        placeholder = cast("Placeholder", self.model.get_submodule(path))
+        host = placeholder.original[0]
+        count = int(cast("int", getattr(host, "num_experts", 0))) or 1 + max(i for by in roles.values() for i in by)
+        _demand_roles(path, roles, count)
+        device = self.device_of(path)
+        projections = {role: list(self._projection(by, count, device)) for role, by in roles.items()}
+        for parameter in [n for n, _ in host.named_parameters(recurse=False)]:
+            delattr(host, parameter)
+        return AnybitExperts(host, count, projections)
+
+    def _projection(self, by: Mapping[int, str], count: int, device: torch.device) -> Iterator[AnybitLinear]:
+        if -1 in by:
+            stack = self._read(by[-1])
+            for index in range(count):
+                yield self._linear(by[-1], stack.expert(index), device)
+            return
+        for index in range(count):
+            yield self._linear(by[index], self._read(by[index]), device)
+
+    def _dense_part(self, parameter: str, name: str) -> Tensor:
+        weight = self._read(name)
+        if parameter.endswith(".bias"):
+            assert weight.bias is not None
+            return weight.bias
+        return weight.tensor if isinstance(weight, Dense) else weight.dequantize()
+
+    def _set(self, parameter: str, value: Tensor) -> None:
+        path, _, name = parameter.rpartition(".")
+        module = self.model.get_submodule(path)
+        old = cast("Tensor", getattr(module, name))
+        if old.shape != value.shape:
+            raise Inconsistent(
+                "the tensor and the model's config disagree about the shape",
+                where=parameter,
+                found=f"{list(value.shape)} in the checkpoint",
+                wanted=f"{list(old.shape)} by config.json",
+                remedy="the config belongs to another model: take both from one source",
+            )
+        dtype = wanted_dtype(self.model, parameter, self.dtype) if value.is_floating_point() else value.dtype
+        value = value.to(device=self.device_of(path), dtype=dtype)
+        if name in module._buffers:
+            module._buffers[name] = value
+        else:
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+    def _tie(self) -> None:
+        """A head without tensors of its own reads the embedding table."""
+        model = cast("Any", self.model)
+        table = model.get_input_embeddings()
+        if not isinstance(table, AnybitEmbedding):
+            model.tie_weights()
+            return
+        head = model.get_output_embeddings()
+        if isinstance(head, nn.Linear) and head.weight.is_meta and getattr(model.config, "tie_word_embeddings", False):
+            model.set_output_embeddings(TiedHead(table))
+
+
+def wanted_dtype(model: nn.Module, parameter: str, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, or float32 for the modules that the architecture keeps in it."""
+    always = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    in_half = getattr(model, "_keep_in_fp32_modules", None) or ()
+    names = [*always, *(in_half if dtype == torch.float16 else ())]
+    return torch.float32 if any(part in parameter for part in names) else dtype
+
+
+def _demand_roles(path: str, roles: Mapping[str, Mapping[int, str]], count: int) -> None:
+    fused = "gate_up_proj" in roles
+    wanted = {"gate_up_proj", "down_proj"} if fused else {"gate_proj", "up_proj", "down_proj"}
+    missing = sorted(wanted - set(roles))
+    gaps = [f"{role}: {i}" for role, by in roles.items() if -1 not in by for i in range(count) if i not in by]
+    beyond = [f"{role}: {i}" for role, by in roles.items() for i in by if i >= count]
+    if missing or gaps or beyond:
+        raise Inconsistent(
+            "experts are missing or too many",
+            where=path,
+            found=", ".join([*missing, *gaps[:8], *beyond[:8]]),
+            wanted=f"{count} experts in each of {', '.join(sorted(wanted))}",
+            remedy="the checkpoint is incomplete, or its config belongs to another model",
+        )
+
+
+def demand_filled(model: nn.Module, unused: list[str]) -> None:
+    """Raise Inconsistent naming every parameter that is still without data."""
+    left = [name for name, p in model.named_parameters() if p.is_meta]
+    left += [name for name, b in model.named_buffers() if b.is_meta]
+    left += [name for name, m in model.named_modules() if isinstance(m, Placeholder)]
+    if left:
+        raise Inconsistent(
+            "the checkpoint has no tensor for this part of the model",
+            where=left[0],
+            found="nothing" + (f"; not placed: {', '.join(unused[:4])}" if unused else ""),
+            wanted="a tensor, or a config without this part",
+            remedy="the checkpoint is incomplete, or its config belongs to another model",
+            more=left[1:],
+        )
+
+
+def demand_known(model_type: object) -> None:
+    """Raise Unsupported for a model type that transformers does not know."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise Unsupported(
+            "this transformers does not know the model type",
+            where="config.json",
+            found=repr(model_type),
+            wanted=f"a model type of transformers {transformers.__version__}",
+            remedy="a newer transformers may know it; `anybit inspect` works without",
+        )

@@ -1,0 +1,63 @@
+"""One memory meter: bytes held and peak over a region, on the CPU and on any device of torch.
+
+On a CPU it is this process's anonymous memory (mapped files do not count); on a GPU the allocator's bytes.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_INTERVAL_SECONDS = 0.002
+
+
+def anonymous_bytes() -> int:
+    """Anonymous resident memory of this process; 0 where the system does not tell."""
+    try:
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("RssAnon"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+class Meter:
+    """`with Meter(device) as m: ...` then `m.held_bytes` and `m.peak_bytes`, both over what was held before."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        """Nothing is reset: other meters and the user's own counters go on undisturbed."""
+        self.device = torch.device(device)
+        self.held_bytes = 0
+        self.peak_bytes = 0
+        self._base = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def _now(self) -> int:
+        return anonymous_bytes() if self.device.type == "cpu" else torch.cuda.memory_allocated(self.device)
+
+    def __enter__(self) -> Meter:
+        """Begin: a thread samples the peak every two milliseconds."""
+        self._base = self._now()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._stop.wait(_INTERVAL_SECONDS):
+            self.peak_bytes = max(self.peak_bytes, self._now() - self._base)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End: what is held now, and the peak so far."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self.held_bytes = self._now() - self._base
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)

@@ -1,0 +1,206 @@
+"""torch modules over Products: a linear layer, a lookup table, the experts of a layer.
+
+Weights are buffers of integer bit patterns: `model.to(torch.bfloat16)` casts float buffers, and a rounded scale would
+be another weight. Each module binds its kernel again after its buffers have moved.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from anybit.errors import DeviceProblem
+from anybit.kernels.catalogue import Stored
+from anybit.kernels.linear.tiled_torch import as_bits
+from anybit.kernels.product import Product
+from anybit.weights import Weight
+
+_PRODUCTS: weakref.WeakValueDictionary[int, _Bound] = weakref.WeakValueDictionary()
+
+
+class _Bound(nn.Module):
+    """A Product whose tensors are buffers of a module."""
+
+    def __init__(self, product: Product) -> None:
+        super().__init__()
+        self._take(product)
+
+    def _take(self, product: Product) -> None:
+        self.product = product
+        self._stored_names = sorted(product.stored.tensors())
+        for name, tensor in product.stored.tensors().items():
+            self.register_buffer(f"packed_{name}", tensor)
+        self._beside: dict[str, torch.dtype] = {}
+        for name, found in self._loose().items():
+            self._beside[name] = found.dtype
+            self.register_buffer(name, as_bits(found))
+        self.key = id(self)
+        _PRODUCTS[self.key] = self
+
+    def _loose(self) -> dict[str, Tensor]:
+        product = self.product
+        loose = {f"activation_{name}": t for name, t in product.activation.items()}
+        if product.pre_scale is not None:
+            loose["pre_scale"] = product.pre_scale
+        if product.bias is not None:
+            loose["bias"] = product.bias
+        return loose
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Move the buffers, then let the kernel take them again."""
+        super()._apply(fn, recurse)
+        product = self.product
+        product.stored.bind({name: cast("Tensor", getattr(self, f"packed_{name}")) for name in self._stored_names})
+        real = {name: cast("Tensor", getattr(self, name)).view(dtype) for name, dtype in self._beside.items()}
+        product.activation = {name: real[f"activation_{name}"] for name in product.activation}
+        product.pre_scale = real.get("pre_scale")
+        product.bias = real.get("bias")
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Bound:
+        raise DeviceProblem(
+            "a packed layer cannot be copied", wanted="one copy of the weights", remedy="load the model a second time"
+        )
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The product; through a custom operator where autograd or a compiler is watching."""
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            return cast("Tensor", torch.ops.anybit.product(x, self.key, self.product.stored.shape[-2]))
+        return self.product(x)
+
+
+class AnybitLinear(_Bound):
+    """y = Q(x) W^T + b with W packed: takes the place of torch.nn.Linear.
+
+    x [.., in_features] in any float dtype -> [.., out_features] in the same.
+    """
+
+    def __init__(self, product: Product) -> None:
+        super().__init__(product)
+        self.out_features, self.in_features = product.stored.shape[-2:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer."""
+        return self.multiply(x)
+
+    def extra_repr(self) -> str:
+        """Sizes and scheme."""
+        return f"in={self.in_features}, out={self.out_features}, {self.product.scheme}"
+
+
+class AnybitEmbedding(_Bound):
+    """Rows of a packed table: takes the place of torch.nn.Embedding. index [..] -> [.., embedding_dim] in `dtype`."""
+
+    def __init__(self, product: Product, dtype: torch.dtype, factor: Tensor | float | None = None) -> None:
+        super().__init__(product)
+        self.num_embeddings, self.embedding_dim = product.stored.shape[-2:]
+        self.dtype = dtype
+        self.factor = factor  # some architectures scale their embeddings (Gemma)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """The lookup."""
+        found = self.product.stored.rows(index, self.dtype)
+        return found if self.factor is None else found * self.factor
+
+    def extra_repr(self) -> str:
+        """Sizes and scheme."""
+        return f"{self.num_embeddings} x {self.embedding_dim}, {self.product.scheme}"
+
+
+class TiedHead(nn.Module):
+    """The output head that is the embedding table: no tensors of its own."""
+
+    def __init__(self, table: AnybitEmbedding) -> None:
+        super().__init__()
+        self._table = [table]  # in a list, so that it is not registered a second time
+        self.out_features, self.in_features = table.num_embeddings, table.embedding_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [.., vocabulary]."""
+        return self._table[0].multiply(x)
+
+
+class AnybitExperts(nn.Module):
+    """The experts of one layer, packed: takes the place of transformers' fused experts module.
+
+    Each projection is a list of products, one an expert: experts of one layer may differ in scheme. `gate_up` holds
+    either separate gate and up products or one fused product whose rows are laid out as the original module's.
+    The original module stays as `host` (without its parameters) for its gating and its flags.
+    """
+
+    def __init__(self, host: nn.Module, experts: int, projections: Mapping[str, list[AnybitLinear]]) -> None:
+        super().__init__()
+        self.host = host
+        self.num_experts = experts
+        for name, products in projections.items():
+            setattr(self, name, nn.ModuleList(products))
+        self.has_fused = "gate_up_proj" in projections
+        self.is_concatenated = bool(getattr(host, "is_concatenated", True))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [M, H], the experts of each token [M, T] and their weights [M, T] -> [M, H]."""
+        result = torch.zeros_like(hidden_states)
+        for expert in torch.unique(top_k_index).tolist():
+            if expert >= self.num_experts:  # the mark of an expert on another device
+                continue
+            token, place = torch.where(top_k_index == expert)
+            gated = self._gate(self._gate_up(hidden_states[token], expert))
+            out = self._projection("down_proj", expert)(gated) * top_k_weights[token, place, None]
+            result.index_add_(0, token, out.to(result.dtype))
+        return result
+
+    def _projection(self, name: str, expert: int) -> AnybitLinear:
+        return cast("AnybitLinear", cast("nn.ModuleList", getattr(self, name))[expert])
+
+    def _gate_up(self, x: Tensor, expert: int) -> Tensor:
+        if self.has_fused:
+            return self._projection("gate_up_proj", expert)(x)
+        gate, up = self._projection("gate_proj", expert)(x), self._projection("up_proj", expert)(x)
+        if self.is_concatenated:
+            return torch.cat([gate, up], dim=-1)
+        return torch.stack([gate, up], dim=-1).flatten(-2)
+
+    def _gate(self, gate_up: Tensor) -> Tensor:
+        apply = getattr(self.host, "_apply_gate", None)
+        if apply is not None:
+            return cast("Tensor", apply(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return cast("Tensor", cast("Any", self.host).act_fn(gate)) * up
+
+
+def product_of(weight: Weight, stored: Stored, device: torch.device | str) -> Product:
+    """The Product of a weight whose codes went into `stored`; the small tensors move to `device`."""
+    activation = {name: t.to(device) for name, t in getattr(weight, "activation", {}).items()}
+    pre_scale: Tensor | None = getattr(weight, "pre_scale", None)
+    return Product(
+        scheme=weight.scheme,
+        stored=stored,
+        activation=activation,
+        pre_scale=None if pre_scale is None else pre_scale.float().to(device),
+        bias=None if weight.bias is None else weight.bias.to(device),
+    )
+
+
+@torch.library.custom_op("anybit::product", mutates_args=())
+def _product(x: Tensor, key: int, out_features: int) -> Tensor:
+    return _PRODUCTS[key].product(x)
+
+
+@_product.register_fake
+def _(x: Tensor, key: int, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return _PRODUCTS[ctx.key].product.input_gradient(grad), None, None
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+    ctx.key = inputs[1]
+
+
+_product.register_autograd(_backward, setup_context=_remember)

@@ -1,0 +1,173 @@
+"""The two doors into Hugging Face transformers.
+
+Main door: `load(name)` builds the model from its config, fills it with our reader and gives an ordinary transformers
+model. Take-over door: `enable()` makes plain `from_pretrained` hand checkpoints of our dialects to us, which it would
+refuse or silently misread. Both verify that every parameter received data.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anybit.checkpoints import open as open_checkpoint
+from anybit.checkpoints.checkpoint import Checkpoint
+from anybit.checkpoints.online import quantizer
+from anybit.errors import Unsupported
+from anybit.hosts.building import build
+from anybit.hosts.filling import Filler, Progress, assign, demand_filled
+from anybit.hosts.meter import Meter
+from anybit.hosts.plans import make_plan
+from anybit.planning.plan import Plan
+from anybit.platforms import detect
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model was loaded: attached to it as `model.anybit`."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    unused: tuple[str, ...]
+    held_bytes: int
+    peak_bytes: int
+
+
+def load(
+    path: str | os.PathLike[str] | Checkpoint,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    *,
+    quantization: str | None = None,
+    kernel: str | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """An ordinary transformers causal language model whose quantized layers are ours.
+
+    path          "smollm2", a folder, a .gguf file, a hub id, or an open Checkpoint
+    dtype         of activations and plain tensors; default float32 on a CPU, the checkpoint's own on a GPU
+    device        "cpu", "cuda", "cuda:1"; default a GPU where there is one
+    quantization  quantize the checkpoint's unquantized layers while loading (`anybit.checkpoints.online.ONLINE`)
+    kernel        use this kernel, or refuse with its reasons
+
+    The model carries `model.anybit`, a Loading. Raises AnybitError for whatever is wrong with the checkpoint or the
+    device; never leaves a parameter random.
+
+    >>> model = anybit.load("smollm2")
+    """
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    checkpoint.demand_loadable()
+    platform = detect("auto" if device is None else str(device))
+    target = torch.device(device if device is not None else ("cpu" if platform.vendor == "cpu" else "cuda"))
+    chosen = make_plan(checkpoint, platform, dtype=dtype, quantization=quantization, kernel=kernel)
+    chosen.demand_complete()
+    with Meter(target) as meter:
+        model, unused = _build_and_fill(checkpoint, chosen, target, quantization, progress)
+    _set_generation(model, checkpoint)
+    model.anybit = Loading(checkpoint, chosen, tuple(unused), meter.held_bytes, meter.peak_bytes)
+    return model
+
+
+def _build_and_fill(
+    checkpoint: Checkpoint, chosen: Plan, target: torch.device, quantization: str | None, progress: Progress | None
+) -> tuple[Any, list[str]]:
+    dtype = getattr(torch, chosen.dtype)
+    model = build(checkpoint.config, dtype)
+    assignment = assign(model, checkpoint, chosen)
+    filler = Filler(
+        model, checkpoint, chosen, assignment, dtype, device_of=lambda _: target, progress=progress,
+        quantize=quantizer(quantization) if quantization else None,
+    )
+    with torch.no_grad():
+        filler.fill()
+    demand_filled(model, assignment.unused)
+    _apply_rope_factors(model, checkpoint.config)
+    if target.type != "cpu":
+        model.to(target)  # rotary tables and other buffers; the weights are there already
+    return model, assignment.unused
+
+
+def _apply_rope_factors(model: Any, config: Mapping[str, Any]) -> None:
+    """GGUF files of llama 3 state their rope scaling as a divisor for each frequency."""
+    factors = config.get("anybit_rope_factors")
+    if factors is None:
+        return
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            divisor = torch.tensor(factors, dtype=torch.float32, device=module.inv_freq.device)
+            module.inv_freq = module.inv_freq / divisor
+            if hasattr(module, "original_inv_freq"):
+                module.original_inv_freq = module.inv_freq.clone()
+
+
+def _set_generation(model: Any, checkpoint: Checkpoint) -> None:
+    """generation_config.json of the folder, or the special tokens of the config."""
+    from transformers import GenerationConfig
+
+    folder = checkpoint.path if checkpoint.path.is_dir() else None
+    if folder is not None and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+        return
+    made = GenerationConfig.from_model_config(model.config)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = checkpoint.config.get(key)
+        if value is not None:
+            setattr(made, key, value)
+    model.generation_config = made
+
+
+METHOD = "anybit"
+
+
+def enable() -> None:
+    """Make plain `AutoModelForCausalLM.from_pretrained` read the checkpoints of our dialects through us.
+
+    Calling it twice changes nothing; plain (unquantized) checkpoints and `gguf_file=` are left to transformers.
+    """
+    import transformers.modeling_utils as modeling
+    from transformers.quantizers import auto
+
+    from anybit.hosts.quantizer import AnybitConfig, AnybitQuantizer
+
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = AnybitQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = AnybitConfig
+    original: Callable[..., Any] = modeling.get_hf_quantizer
+    if getattr(original, "is_anybit", False):
+        return
+
+    def take_over(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("gguf_file") is None:
+            source = _source_of(config)
+            if source is not None:
+                config.quantization_config = AnybitConfig(source=str(source)).to_dict()
+                quantization_config = None
+        return original(config, quantization_config, *args, **kwargs)
+
+    take_over.is_anybit = True  # type: ignore[attr-defined]
+    modeling.get_hf_quantizer = take_over  # type: ignore[assignment]
+
+
+def _source_of(config: Any) -> Path | None:
+    """The folder of a quantized checkpoint that `config` was read from, if one of our dialects has it."""
+    from transformers.utils.hub import cached_file
+
+    name = getattr(config, "_name_or_path", "") or ""
+    if not name:
+        return None
+    folder = Path(name)
+    if not folder.is_dir():
+        found = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False, local_files_only=True)
+        if found is None:
+            return None
+        folder = Path(found).parent
+    try:
+        checkpoint = open_checkpoint(folder)
+    except Unsupported:
+        return None  # a method that only transformers knows is its own business
+    quantized = any(layer.scheme.is_quantized for layer in checkpoint.layers.values())
+    return folder if quantized else None

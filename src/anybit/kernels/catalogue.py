@@ -1,0 +1,60 @@
+"""All kernels as one table, and what their implementations look like to a host."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Final, Protocol
+
+from anybit.kernels.linear import dense, planes, tiled
+from anybit.kernels.request import KernelSpec, Regime
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from anybit.weights import Weight
+
+KERNELS: Final[tuple[KernelSpec, ...]] = (dense.SPEC, planes.MATVEC, planes.EXPAND, tiled.SPEC)
+
+
+def kernel(name: str) -> KernelSpec:
+    """The kernel called `name`; KeyError if there is none."""
+    return {k.name: k for k in KERNELS}[name]
+
+
+class Stored(Protocol):
+    """A weight in a kernel's layout, bound to its buffers: what `prepare` returns.
+
+    `tensors` are the buffers by name; a module registers them and calls `bind` again after they have moved.
+    """
+
+    shape: tuple[int, ...]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The buffers by name."""
+
+    def bind(self, tensors: dict[str, Tensor]) -> None:
+        """Take the (moved) buffers."""
+
+    def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """Rows x [M, K] (any float dtype) times the weight, plus bias [N] added in float32: [M, N] in `out_dtype`."""
+
+    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight's rows [.., K] for integer `index` [..], in a float dtype."""
+
+    def dequantize(self) -> Tensor:
+        """The float32 weight [N, K]."""
+
+
+class Implementation(Protocol):
+    """The code of a kernel's layout."""
+
+    def prepare(self, weight: Weight, dtype: torch.dtype) -> Stored:
+        """The weight in this layout; `dtype` is that of the activations."""
+
+
+def implementation(spec: KernelSpec) -> Implementation:
+    """Import and construct the implementation of a spec."""
+    module, _, name = spec.implementation.partition(":")
+    made: Implementation = getattr(import_module(module), name)()
+    return made

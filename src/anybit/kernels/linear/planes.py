@@ -1,0 +1,98 @@
+"""Specs of the compiled CPU family: code planes read packed by a small C library.
+
+Two kernels share one layout: a matrix-vector product that decodes in registers (small M), and for prefill the same
+decoding into a tile that torch multiplies. Both form the float32 reference weight bit for bit.
+"""
+
+from __future__ import annotations
+
+from anybit.kernels.native.support import reasons_against
+from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather, scale_bytes
+from anybit.numerics.formats import number_format
+from anybit.platforms import Platform
+
+_CALL_SECONDS = 6e-6
+# weights decoded per second and core (AVX-512), tests/kernels and benchmarks measure it
+_DECODE_RATE = 8e9
+
+
+def _cannot(request: Request, platform: Platform) -> list[Reason]:
+    reasons = []
+    if platform.vendor != "cpu":
+        reasons.append(Reason("vendor", f"runs on a CPU, this is {platform.vendor} {platform.arch}",
+                              {"wanted": "cpu", "found": platform.vendor}))
+    elif "native" not in platform.providers:
+        reasons.append(Reason("provider", "the compiled library is not installed (no C compiler at install time?)",
+                              {"wanted": "native"}))
+    reasons += [Reason("scheme", text, {"scheme": str(request.scheme)})
+                for text in reasons_against(request.scheme, request.shape)]
+    return reasons
+
+
+def _is_matvec(request: Request) -> bool:
+    return request.regime != "prefill"
+
+
+def can_matvec(request: Request, platform: Platform) -> Verdict:
+    """Small M, or a lookup, of a scheme that the library stores."""
+    many = request.kind != "embedding" and not _is_matvec(request)
+    return gather(
+        *_cannot(request, platform),
+        Reason("regime", "made for few tokens: decoding is repeated for every eight", {"tokens": request.tokens})
+        if many else None,
+    )
+
+
+def can_expand(request: Request, platform: Platform) -> Verdict:
+    """Any M of a scheme that the library stores."""
+    lookup = request.kind == "embedding"
+    return gather(
+        *_cannot(request, platform),
+        Reason("kind", "a lookup multiplies nothing", {"kind": request.kind}) if lookup else None,
+    )
+
+
+def matvec_seconds(request: Request, platform: Platform) -> float:
+    """Packed bytes at the memory's rate, or decoding at the cores' rate."""
+    blocks = -(-request.tokens // 8)
+    n, k = request.shape[-2:]
+    read = n * k * request.scheme.weight_bits / 8 / max(platform.bandwidth, 1e9)
+    decode = n * k * (1 + 0.4 * (min(request.tokens, 8) - 1)) / (_DECODE_RATE * max(platform.cores, 1))
+    return _CALL_SECONDS + blocks * max(read, decode)
+
+
+def expand_seconds(request: Request, platform: Platform) -> float:
+    """Decoding once, a tile written and read, then the float32 product."""
+    n, k = request.shape[-2:]
+    decode = n * k / (_DECODE_RATE * max(platform.cores, 1)) + 4 * n * k / max(platform.bandwidth, 1e9)
+    return 2 * _CALL_SECONDS + decode + request.flops / max(platform.rates.get("float32", 1e11), 1e9)
+
+
+def stored_bytes(request: Request) -> int:
+    """Planes of codes with K padded to 32, scales as stored."""
+    *stacks, n, k = request.shape
+    rows = n
+    for size in stacks:
+        rows *= size
+    bits = number_format(request.scheme.element).bits
+    return rows * (-(-k // 32) * 32 * bits // 8) + scale_bytes(request.scheme, request.shape)
+
+
+MATVEC = KernelSpec(
+    name="native-matvec",
+    layout="planes",
+    implementation="anybit.kernels.linear.planes_native:Planes",
+    can_implement=can_matvec,
+    seconds=matvec_seconds,
+    stored_bytes=stored_bytes,
+    about="compiled: packed codes decoded in registers, float32 accumulation",
+)
+EXPAND = KernelSpec(
+    name="native-expand",
+    layout="planes",
+    implementation="anybit.kernels.linear.planes_native:Planes",
+    can_implement=can_expand,
+    seconds=expand_seconds,
+    stored_bytes=stored_bytes,
+    about="compiled: packed codes decoded to a float32 tile, then torch's matrix product",
+)

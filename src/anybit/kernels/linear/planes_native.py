@@ -1,0 +1,69 @@
+"""The compiled CPU family: see `planes.py` for its specs and `native/` for the library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from anybit.errors import DeviceProblem
+from anybit.kernels.native.planes import Planes as NativePlanes
+from anybit.kernels.native.planes import from_weight
+from anybit.kernels.request import Regime
+from anybit.weights import Weight
+
+TILE_BYTES = 4 * 2**20  # of decoded float32 for the prefill product: small enough to stay in the last-level cache
+
+
+class StoredPlanes:
+    """A weight [N, K] as the compiled library reads it, its bias included."""
+
+    def __init__(self, planes: NativePlanes) -> None:
+        self.shape = planes.shape
+        self._planes = planes
+        self._tile = max(64, TILE_BYTES // (4 * max(planes.cols, 1)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The buffers, numbered; the library holds their addresses."""
+        return {str(i): tensor for i, tensor in enumerate(self._planes.buffers)}
+
+    def bind(self, tensors: dict[str, Tensor]) -> None:
+        """Refuse a move: the layout is the CPU library's own."""
+        for i, held in enumerate(self._planes.buffers):
+            if tensors[str(i)].data_ptr() != held.data_ptr():
+                raise DeviceProblem(
+                    "the packed weights are laid out for the CPU library and cannot move",
+                    found=f"a move to {tensors[str(i)].device}",
+                    wanted="the device that the model was loaded for",
+                    remedy="anybit.load(..., device='cuda')",
+                )
+
+    def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """x [M, K] times W^T plus the weight's own bias: [M, N] in `out_dtype`."""
+        if regime != "prefill":
+            return self._planes.linear(x, torch.empty((x.shape[0], self.shape[0]), dtype=out_dtype))
+        rows = x.float()
+        y = torch.empty((x.shape[0], self.shape[0]), dtype=torch.float32)
+        tile = torch.empty((min(self._tile, self.shape[0]), self.shape[1]), dtype=torch.float32)
+        for start in range(0, self.shape[0], self._tile):
+            part = tile[: min(self._tile, self.shape[0] - start)]
+            self._planes.decode_into(part, start)
+            torch.mm(rows, part.T, out=y[:, start : start + len(part)])
+        if bias is not None:
+            y += bias.float()
+        return y.to(out_dtype)
+
+    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Decoded rows [.., K] for integer `index` [..]."""
+        return self._planes.gather(index, dtype)
+
+    def dequantize(self) -> Tensor:
+        """The float32 weight."""
+        return self._planes.decode()
+
+
+class Planes:
+    """Implementation of `native-matvec` and `native-expand`."""
+
+    def prepare(self, weight: Weight, dtype: torch.dtype) -> StoredPlanes:
+        """Code planes; scales as stored."""
+        return StoredPlanes(from_weight(weight))

@@ -1,0 +1,125 @@
+/* anybit's small CPU kernel: products with, and rows of, weights that stay packed.
+ *
+ * One struct describes a weight [experts, rows, cols]; the code knows containers (planes, tables, scale formats), not
+ * checkpoint dialects. A weight is formed in float32 exactly as the canonical form defines it, one rounding a step:
+ *
+ *     v = value(code)                       exact
+ *     s = scale1 (* or /) scale2            rounded
+ *     v = v - zero point                    rounded (exact for integers)
+ *     v = v * s                             rounded
+ *     v = v + minimum                       rounded
+ *     v = round_to(v)                       where the format itself rounds
+ *     v = v * factor                        rounded; `linear` applies the factor to the sum instead
+ *
+ * and only then meets x. Called through ctypes: no Python, no torch, no OpenMP of our own.
+ *
+ * Planes. Codes of b bits lie in planes of 8, 4, 2 or 1 bits, low bits in the first plane (7 = 4 + 2 + 1). A run of
+ * 32 consecutive codes of a row takes 4 bytes for each bit of the plane's width:
+ *     8 bits   byte j = code j
+ *     4 bits   byte j = code j (low nibble), code 16 + j (high nibble), j < 16: the order of GGUF's Q4_0
+ *     2 bits   a little-endian 64-bit word, code j at bit 2 j
+ *     1 bit    a little-endian 32-bit word, code j at bit j: GGUF's Q5_0
+ * Rows are padded to whole runs; what lies beyond `cols` is read but never used.
+ */
+#ifndef ANYBIT_NATIVE_H
+#define ANYBIT_NATIVE_H
+
+#include <stdint.h>
+
+#define ANYBIT_ABI 1
+
+/* Stored number formats: of scales and offsets, and (the first three) of x, y, bias and unquantized weights. */
+enum anybit_format {
+    ANYBIT_F32 = 0,
+    ANYBIT_F16 = 1,
+    ANYBIT_BF16 = 2,
+    ANYBIT_E8M0 = 3,
+    ANYBIT_E4M3 = 4,
+    ANYBIT_UE5M3 = 5,
+    ANYBIT_U8 = 6,
+    ANYBIT_I8 = 7,
+    ANYBIT_FORMATS = 8
+};
+
+/* How a code becomes a float32 value. */
+enum anybit_kind {
+    ANYBIT_TABLE = 0,     /* 1-4 bits: table[code] */
+    ANYBIT_INTEGER = 1,   /* 5-7 bits: code - bias; 8 bits: the byte, signed or not */
+    ANYBIT_MINIFLOAT = 2, /* 6 or 8 bits: see struct anybit_minifloat */
+    ANYBIT_FLOAT = 3,     /* unquantized: bits = 32 float32, 16 float16, 17 bfloat16; no scales */
+};
+
+enum anybit_offset {
+    ANYBIT_NO_OFFSET = 0,
+    ANYBIT_ZERO_POINT = 1, /* subtracted from the code's value before scaling */
+    ANYBIT_MINIMUM = 2,    /* added after scaling */
+    ANYBIT_ROUND_F16 = 3,  /* no offset, but the product is rounded to float16 / bfloat16 (TABLE only) */
+    ANYBIT_ROUND_BF16 = 4,
+};
+
+/* A small float is moved into a float16, which holds every one of them exactly, and scaled by a power of two:
+ * half = (int16)(code << left) >> right, & mask; codes with (code & nan_and) == nan_is are NaN. */
+typedef struct {
+    int32_t left, right, mask, nan_and, nan_is;
+    float power;
+} anybit_minifloat;
+
+/* One array beside the codes. Entry of weight [e, n, k]: data + e * expert_stride + (n / row_block) * row_stride
+ * + (k / group) elements; group 0 = one entry for the whole row. Strides are in bytes. data NULL = absent. Groups are
+ * multiples of 16 columns. 64 bytes beyond the last entry must be readable: entries are converted 16 at a time. */
+typedef struct {
+    const void *data;
+    int64_t expert_stride, row_stride, row_block, group;
+    int32_t format;
+    int32_t negate; /* the values are subtracted, not added (minima) */
+} anybit_array;
+
+typedef struct {
+    int32_t abi, size; /* ANYBIT_ABI, sizeof(anybit_weight): both are checked */
+    int64_t experts, rows, cols;
+    int32_t kind, bits, offset_kind, divide; /* divide: s = scale1 / scale2 */
+    int32_t bias, is_signed;
+    anybit_minifloat minifloat;
+    float table[16]; /* repeated to 16 entries below 4 bits */
+    const void *plane[3];
+    int64_t plane_expert_stride[3], plane_row_stride[3];
+    anybit_array scale, scale2, offset, offset2, factor;
+} anybit_weight;
+
+/* Return values: 0, or what was wrong with the call. */
+enum anybit_error { ANYBIT_OK = 0, ANYBIT_BAD_WEIGHT = 1, ANYBIT_BAD_INDEX = 2, ANYBIT_NO_MEMORY = 3, ANYBIT_BAD_ISA = 4 };
+
+#if defined(__GNUC__)
+#define ANYBIT_API __attribute__((visibility("default")))
+#else
+#define ANYBIT_API
+#endif
+
+ANYBIT_API int32_t anybit_abi(void);
+
+/* The instruction set in use: "generic", "avx2" or "avx512". set_isa("") goes back to the best one. */
+ANYBIT_API const char *anybit_isa(void);
+ANYBIT_API int32_t anybit_set_isa(const char *name);
+
+/* GOMP_parallel of the OpenMP library that is already in the process; without it everything runs on one thread. */
+ANYBIT_API void anybit_set_parallel(void (*parallel)(void (*)(void *), void *, unsigned, unsigned));
+
+/* 0 if this library can run the weight. */
+ANYBIT_API int32_t anybit_check(const anybit_weight *w);
+
+/* y[m, :] = W[0] x[m, :] + bias. ldx, ldy in elements. types = format of x | of y << 4 | of bias << 8. */
+ANYBIT_API int32_t anybit_linear(const anybit_weight *w, const void *x, int64_t ldx, void *y, int64_t ldy,
+                                 const void *bias, int64_t m, int32_t types, int32_t threads);
+
+/* y[p, :] = W[expert_ids[p]] x[token_ids[p], :] + bias[expert_ids[p], :] for p < pairs; token_ids NULL: token p.
+ * Neighbouring pairs of one expert share the decoded weights, so sort the pairs by expert. */
+ANYBIT_API int32_t anybit_linear_experts(const anybit_weight *w, const void *x, int64_t tokens, int64_t ldx,
+                                         const int32_t *expert_ids, const int32_t *token_ids, int64_t pairs, void *y,
+                                         int64_t ldy, const void *bias, int32_t types, int32_t threads);
+
+/* out[i, :] = W[row i] (reference weight, rounded to the format of out); rows of stacked experts are numbered through.
+ * Row i is row_indices[i], or start + i where row_indices is NULL. */
+ANYBIT_API int32_t anybit_decode_rows(const anybit_weight *w, const int64_t *row_indices, int64_t start, int64_t count,
+                                      void *out, int64_t ldo, int32_t out_format, int32_t threads);
+
+#endif

@@ -1,0 +1,513 @@
+/* The engine: unpack, scale and multiply. Compiled once for each instruction set (ANYBIT_ENGINE names it); what differs
+ * between them is in vector_*.h. Read upwards from `linear` and `decode` at the end.
+ *
+ * Four rows of W go together, so that each x is loaded once for four products and four memory streams are open. A row is
+ * taken in pieces of PIECE columns: first its scales and offsets become float32, one for each unit of 16 or 32 columns
+ * (sixteen conversions an instruction), then an instance made for (code, offset, unit) walks the blocks of 32 codes.
+ */
+#include "engine.h"
+#include "floats.h"
+
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define ROWS 4         /* rows of W at once */
+#define TOKENS 8       /* rows of x at once */
+#define PIECE 1024     /* columns at once for one token */
+#define MANY_PIECE 512 /* ... for several: 4 x 512 decoded weights and 8 x 512 inputs stay in the first-level cache */
+#define BLOCK 32
+
+#if defined(ANYBIT_ENGINE_AVX512)
+#include "vector_avx512.h"
+#define ENGINE anybit_engine_avx512
+#define ENGINE_NAME "avx512"
+#elif defined(ANYBIT_ENGINE_AVX2)
+#include "vector_avx2.h"
+#define ENGINE anybit_engine_avx2
+#define ENGINE_NAME "avx2"
+#else
+#include "vector_generic.h"
+#define ENGINE anybit_engine_generic
+#define ENGINE_NAME "generic"
+#endif
+
+/* ---- stored numbers to float32 ------------------------------------------------------------------------------- */
+
+static const int32_t format_bytes[ANYBIT_FORMATS] = {4, 2, 2, 1, 1, 1, 1, 1};
+
+/* Sixteen stored numbers; loops of constant length that compilers turn into vector code. */
+INLINE void sixteen(const int32_t format, const uint8_t *from, float *to) {
+    const uint16_t *wide = (const uint16_t *)(const void *)from;
+    uint32_t bits[16];
+    switch (format) {
+    case ANYBIT_F32:
+        memcpy(to, from, 64);
+        return;
+    case ANYBIT_F16:
+        for (int i = 0; i < 16; i += WIDTH) store(to + i, load_half(wide + i));
+        return;
+    case ANYBIT_BF16:
+        for (int i = 0; i < 16; i += WIDTH) store(to + i, load_bfloat(wide + i));
+        return;
+    case ANYBIT_E8M0: /* 2^(code - 127); code 0 is a subnormal, 255 is NaN */
+        for (int i = 0; i < 16; i++) bits[i] = (uint32_t)from[i] << 23 | (from[i] == 0 ? 0x00400000u : 0u);
+        for (int i = 0; i < 16; i++) bits[i] |= from[i] == 255 ? 0x00400000u : 0u;
+        memcpy(to, bits, 64);
+        return;
+    case ANYBIT_E4M3: /* the fields moved into a float32 whose exponent bias is 120 larger */
+        for (int i = 0; i < 16; i++) bits[i] = (uint32_t)(from[i] & 0x7f) << 20 | (uint32_t)(from[i] & 0x80) << 24;
+        memcpy(to, bits, 64);
+        for (int i = 0; i < 16; i++) to[i] = (from[i] & 0x7f) == 0x7f ? float_of_bits(0x7fc00000u) : to[i] * 0x1p120f;
+        return;
+    case ANYBIT_UE5M3:
+        for (int i = 0; i < 16; i++) bits[i] = (uint32_t)from[i] << 20;
+        memcpy(to, bits, 64);
+        for (int i = 0; i < 16; i++) to[i] = from[i] == 0xff ? float_of_bits(0x7fc00000u) : to[i] * 0x1p112f;
+        return;
+    case ANYBIT_U8:
+        for (int i = 0; i < 16; i++) to[i] = (float)from[i];
+        return;
+    default:
+        for (int i = 0; i < 16; i++) to[i] = (float)(int8_t)from[i];
+        return;
+    }
+}
+
+/* `count` numbers of an array that may be read 64 bytes further; `to` has room for 15 more. */
+INLINE void convert(int32_t format, const uint8_t *from, int64_t count, float *to) {
+    const int64_t step = 16 * format_bytes[format];
+    for (int64_t i = 0; i < count; i += 16, from += step) sixteen(format, from, to + i);
+}
+
+static float one_number(int32_t format, const uint8_t *from) {
+    uint16_t wide;
+    float value[16];
+    switch (format) {
+    case ANYBIT_F32:
+        memcpy(value, from, 4);
+        return value[0];
+    case ANYBIT_F16:
+        memcpy(&wide, from, 2);
+        return half_to_float(wide);
+    case ANYBIT_BF16:
+        memcpy(&wide, from, 2);
+        return bfloat_to_float(wide);
+    default:
+        sixteen(format, from, value);
+        return value[0];
+    }
+}
+
+/* `count` numbers of an array that ends there. */
+static void to_float(int32_t format, const void *from, int64_t count, float *to) {
+    const uint8_t *bytes = from;
+    uint8_t rest[64] = {0};
+    const int64_t whole = count & ~(int64_t)15, size = format_bytes[format];
+    convert(format, bytes, whole, to);
+    if (count == whole) return;
+    memcpy(rest, bytes + whole * size, (size_t)((count - whole) * size));
+    convert(format, rest, 16, to + whole);
+}
+
+/* One number rounded to the format of y. */
+INLINE void put(void *y, int32_t format, int64_t at, float value) {
+    if (format == ANYBIT_F32)
+        ((float *)y)[at] = value;
+    else
+        ((uint16_t *)y)[at] = format == ANYBIT_F16 ? float_to_half(value) : float_to_bfloat(value);
+}
+
+/* ---- scales and offsets of a piece --------------------------------------------------------------------------- */
+
+#ifndef AHEAD
+#define AHEAD(stride) (4 * (stride) > 4096 ? 4 * (stride) : 4096)
+#endif
+#ifndef PFS
+#define PFS 1
+#endif
+#define UNITS (PIECE / 16 + 16)
+
+/* A piece of one row: planes at its first block, a scale and an offset for each unit. */
+typedef struct {
+    const uint8_t *plane[3];
+    float scale[UNITS], offset[UNITS];
+} piece;
+
+/* The entries of array `a` for the units of columns [from, from + columns) of a row, spread to the units. */
+static void units_of(const anybit_array *a, int64_t expert, int64_t row, int64_t from, int64_t columns, int unit,
+                     float *out) {
+    const int64_t group = a->group, size = format_bytes[a->format], count = (columns + unit - 1) / unit;
+    const uint8_t *base = a->data;
+    base += expert * a->expert_stride + (a->row_block == 1 ? row : row / a->row_block) * a->row_stride;
+    const int64_t first = group == 0 || from == 0 ? 0 : from / group;
+    if (PFS) prefetch(base + first * size + AHEAD(a->row_stride), group == unit ? count * size : 1);
+    if (group == unit) {
+        convert(a->format, base + first * size, count, out);
+    } else if (group == 0 || from + columns <= (first + 1) * group) { /* one entry */
+        const vec value = splat(one_number(a->format, base + first * size));
+        for (int64_t i = 0; i < count; i += WIDTH) store(out + i, value);
+    } else if (group % unit == 0 && first * group == from) {
+        float entries[UNITS];
+        const int64_t ratio = group / unit;
+        convert(a->format, base + first * size, (count + ratio - 1) / ratio, entries);
+        if (ratio <= WIDTH) /* ascending whole vectors: each overwrites what the one before wrote too much */
+            for (int64_t i = 0, j = 0; i < count; i += ratio) store(out + i, splat(entries[j++]));
+        else
+            for (int64_t i = 0; i < count; i++) out[i] = entries[i / ratio];
+    } else { /* groups that straddle pieces */
+        for (int64_t i = 0; i < count; i++) out[i] = one_number(a->format, base + (from + i * unit) / group * size);
+    }
+}
+
+/* Asks for `bytes` bytes that will be read some rows later. */
+INLINE void prefetch(const uint8_t *from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
+static void fetch(const anybit_weight *w, int64_t expert, int64_t row, int64_t from, int64_t columns, int unit,
+                  piece *p) {
+    float second[UNITS];
+    const int64_t count = (columns + unit - 1) / unit;
+    static const int bytes_of_plane[9][3] = {{0}, {4}, {8}, {8, 4}, {16}, {16, 4}, {16, 8}, {16, 8, 4}, {32}};
+    for (int i = 0; i < 3; i++) {
+        const int64_t step = w->kind == ANYBIT_FLOAT ? (w->bits == 32 ? 128 : 64) : bytes_of_plane[w->bits][i];
+        p->plane[i] = (const uint8_t *)w->plane[i] + expert * w->plane_expert_stride[i] +
+                      row * w->plane_row_stride[i] + from / BLOCK * step;
+        if (step) prefetch(p->plane[i] + AHEAD(w->plane_row_stride[i]), columns * step / BLOCK);
+    }
+    if (w->kind == ANYBIT_FLOAT) return;
+    if (w->scale.data)
+        units_of(&w->scale, expert, row, from, columns, unit, p->scale);
+    else
+        for (int64_t i = 0; i < count; i += WIDTH) store(p->scale + i, splat(1.0f));
+    if (w->scale2.data) {
+        units_of(&w->scale2, expert, row, from, columns, unit, second);
+        for (int64_t i = 0; i < count; i += WIDTH) {
+            const vec s = load(p->scale + i), t = load(second + i);
+            store(p->scale + i, w->divide ? divide(s, t) : mul(s, t));
+        }
+    }
+    if (!w->offset.data) return;
+    units_of(&w->offset, expert, row, from, columns, unit, p->offset);
+    if (w->offset2.data) {
+        units_of(&w->offset2, expert, row, from, columns, unit, second);
+        for (int64_t i = 0; i < count; i += WIDTH) store(p->offset + i, mul(load(p->offset + i), load(second + i)));
+    }
+    if (w->offset.negate)
+        for (int64_t i = 0; i < count; i += WIDTH) store(p->offset + i, sub(splat(-0.0f), load(p->offset + i)));
+}
+
+/* ---- instances ------------------------------------------------------------------------------------------------ */
+
+/* value -> weight: the order of evaluation, written once. */
+INLINE vec apply(const int offset_kind, vec v, vec s, vec o) {
+    if (offset_kind == ANYBIT_ZERO_POINT) v = sub(v, o);
+    v = mul(v, s);
+    if (offset_kind == ANYBIT_MINIMUM) v = add(v, o);
+    if (offset_kind == ANYBIT_ROUND_F16) v = through_half(v);
+    if (offset_kind == ANYBIT_ROUND_BF16) v = through_bfloat(v);
+    return v;
+}
+
+/* The 32 weights of block b. A table is scaled before it is looked up: 16 products serve 32 weights. */
+INLINE void block(const anybit_weight *w, const piece *p, int64_t b, const int kind, const int bits,
+                  const int is_signed, const int offset_kind, const int unit, const table *values, vec out[VECTORS]) {
+    const int has_offset = offset_kind == ANYBIT_ZERO_POINT || offset_kind == ANYBIT_MINIMUM;
+    const int64_t u = unit == 16 ? 2 * b : b;
+    if (kind == ANYBIT_FLOAT) {
+        for (int i = 0; i < VECTORS; i++) {
+            const int64_t at = BLOCK * b + WIDTH * i;
+            const void *weights = p->plane[0];
+            out[i] = bits == 32   ? load((const float *)weights + at)
+                     : bits == 16 ? load_half((const uint16_t *)weights + at)
+                                  : load_bfloat((const uint16_t *)weights + at);
+        }
+        return;
+    }
+    const vec s = splat(p->scale[u]), o = has_offset ? splat(p->offset[u]) : zero();
+    const vec s2 = unit == 16 ? splat(p->scale[u + 1]) : s;
+    const vec o2 = unit == 16 && has_offset ? splat(p->offset[u + 1]) : o;
+    if (kind == ANYBIT_TABLE) {
+        table low = *values, high;
+        TABLE_MAP(low, apply(offset_kind, v, s, o));
+        if (unit == 16) {
+            high = *values;
+            TABLE_MAP(high, apply(offset_kind, v, s2, o2));
+        } else {
+            high = low;
+        }
+        table_block(bits, p->plane, b, low, high, out);
+        return;
+    }
+    if (kind == ANYBIT_INTEGER)
+        integer_block(bits, is_signed, p->plane, b, w->bias, out);
+    else
+        minifloat_block(bits, p->plane, b, &w->minifloat, out);
+    for (int i = 0; i < VECTORS; i++)
+        out[i] = i < VECTORS / 2 ? apply(offset_kind, out[i], s, o) : apply(offset_kind, out[i], s2, o2);
+}
+
+/* Adds four rows' products with one x over `blocks` blocks to acc[2 * row], acc[2 * row + 1]. */
+INLINE void dot_body(const anybit_weight *w, const piece *p, int64_t blocks, const float *x, vec *acc, const int kind,
+                     const int bits, const int is_signed, const int offset_kind, const int unit) {
+    const table values = table_of(w->table);
+    vec sum[2 * ROWS];
+    for (int i = 0; i < 2 * ROWS; i++) sum[i] = acc[i];
+    for (int64_t b = 0; b < blocks; b++) {
+        vec in[VECTORS];
+        for (int i = 0; i < VECTORS; i++) in[i] = load(x + BLOCK * b + WIDTH * i);
+        for (int r = 0; r < ROWS; r++) {
+            vec weights[VECTORS];
+            block(w, p + r, b, kind, bits, is_signed, offset_kind, unit, &values, weights);
+            for (int i = 0; i < VECTORS; i++) sum[2 * r + i % 2] = fused(weights[i], in[i], sum[2 * r + i % 2]);
+        }
+    }
+    for (int i = 0; i < 2 * ROWS; i++) acc[i] = sum[i];
+}
+
+/* Writes the weights of blocks [first, first + blocks) of a piece. */
+INLINE void expand_body(const anybit_weight *w, const piece *p, int64_t first, int64_t blocks, float *out,
+                        const int kind, const int bits, const int is_signed, const int offset_kind, const int unit) {
+    const table values = table_of(w->table);
+    for (int64_t b = 0; b < blocks; b++) {
+        vec weights[VECTORS];
+        block(w, p, first + b, kind, bits, is_signed, offset_kind, unit, &values, weights);
+        for (int i = 0; i < VECTORS; i++) store(out + BLOCK * b + WIDTH * i, weights[i]);
+    }
+}
+
+typedef struct {
+    int unit;
+    void (*dot)(const anybit_weight *, const piece *, int64_t, const float *, vec *);
+    void (*expand)(const anybit_weight *, const piece *, int64_t, int64_t, float *);
+} instance;
+
+/* Every combination that is compiled: X(kind, bits, signed, offset, unit). */
+#define OFFSETS(X, kind, bits, is_signed, unit) \
+    X(kind, bits, is_signed, 0, unit) X(kind, bits, is_signed, 1, unit) X(kind, bits, is_signed, 2, unit)
+#define UNITS_AND_OFFSETS(X, kind, bits, is_signed) OFFSETS(X, kind, bits, is_signed, 16) OFFSETS(X, kind, bits, is_signed, 32)
+#define INSTANCES(X) \
+    UNITS_AND_OFFSETS(X, 0, 1, 0) UNITS_AND_OFFSETS(X, 0, 2, 0) UNITS_AND_OFFSETS(X, 0, 3, 0) UNITS_AND_OFFSETS(X, 0, 4, 0) \
+    X(0, 4, 0, 3, 16) X(0, 4, 0, 3, 32) X(0, 4, 0, 4, 16) X(0, 4, 0, 4, 32) \
+    UNITS_AND_OFFSETS(X, 1, 5, 0) UNITS_AND_OFFSETS(X, 1, 6, 0) UNITS_AND_OFFSETS(X, 1, 7, 0) \
+    UNITS_AND_OFFSETS(X, 1, 8, 0) UNITS_AND_OFFSETS(X, 1, 8, 1) \
+    X(2, 6, 0, 0, 16) X(2, 6, 0, 0, 32) X(2, 8, 0, 0, 16) X(2, 8, 0, 0, 32) \
+    X(3, 32, 0, 0, 32) X(3, 16, 0, 0, 32) X(3, 17, 0, 0, 32)
+
+#define NAME(what, kind, bits, is_signed, offset, unit) what##_##kind##_##bits##_##is_signed##_##offset##_##unit
+#define DEFINE(kind, bits, is_signed, offset, unit) \
+    static void NAME(dot, kind, bits, is_signed, offset, unit)(const anybit_weight *w, const piece *p, int64_t blocks, \
+                                                               const float *x, vec *acc) { \
+        dot_body(w, p, blocks, x, acc, kind, bits, is_signed, offset, unit); \
+    } \
+    static void NAME(expand, kind, bits, is_signed, offset, unit)(const anybit_weight *w, const piece *p, \
+                                                                  int64_t first, int64_t blocks, float *out) { \
+        expand_body(w, p, first, blocks, out, kind, bits, is_signed, offset, unit); \
+    }
+INSTANCES(DEFINE)
+
+#define KEY(kind, bits, is_signed, offset, unit) \
+    ((kind) << 12 | (bits) << 6 | (is_signed) << 5 | (offset) << 1 | ((unit) == 16))
+#define CASE(kind, bits, is_signed, offset, unit) \
+    case KEY(kind, bits, is_signed, offset, unit): \
+        return (instance){unit, NAME(dot, kind, bits, is_signed, offset, unit), NAME(expand, kind, bits, is_signed, offset, unit)};
+
+static int fills_blocks(const anybit_array *a, int64_t cols) {
+    return !a->data || a->group % BLOCK == 0 || a->group >= cols;
+}
+
+static instance instance_for(const anybit_weight *w) {
+    const int whole = fills_blocks(&w->scale, w->cols) && fills_blocks(&w->scale2, w->cols) &&
+                      fills_blocks(&w->offset, w->cols) && fills_blocks(&w->offset2, w->cols);
+    switch (KEY(w->kind, w->bits, w->is_signed, w->offset_kind, whole ? 32 : 16)) {
+        INSTANCES(CASE)
+    default:
+        return (instance){0, 0, 0};
+    }
+}
+
+static int32_t check(const anybit_weight *w) { return instance_for(w).dot ? ANYBIT_OK : ANYBIT_BAD_WEIGHT; }
+
+/* ---- rows ------------------------------------------------------------------------------------------------------ */
+
+/* The last, partial block of a row: its weights, then zeros, so that what the file pads with reaches no result. */
+static void expand_tail(const anybit_weight *w, const instance *f, const piece *p, int64_t b, int64_t columns,
+                        float *out) {
+    if (w->kind == ANYBIT_FLOAT) { /* rows of plain floats are not padded */
+        const int32_t format = w->bits == 32 ? ANYBIT_F32 : w->bits == 16 ? ANYBIT_F16 : ANYBIT_BF16;
+        float exact[BLOCK + 16];
+        to_float(format, p->plane[0] + b * BLOCK * format_bytes[format], columns, exact);
+        memcpy(out, exact, (size_t)columns * sizeof(float));
+    } else {
+        f->expand(w, p, b, 1, out);
+    }
+    for (int64_t i = columns; i < BLOCK; i++) out[i] = 0.0f;
+}
+
+/* Adds four decoded rows (of `stride` floats) times `tokens` rows of x to acc[row][token]. */
+INLINE void tile_body(const float *weights, int64_t stride, const float *const *x, int64_t from, int64_t columns,
+                      vec (*acc)[TOKENS], const int tokens) {
+    vec sum[ROWS][TILE_TOKENS];
+    for (int r = 0; r < ROWS; r++)
+        for (int t = 0; t < tokens; t++) sum[r][t] = acc[r][t];
+    for (int64_t k = 0; k < columns; k += WIDTH) {
+        vec row[ROWS];
+        for (int r = 0; r < ROWS; r++) row[r] = load(weights + r * stride + k);
+        for (int t = 0; t < tokens; t++) {
+            const vec in = load(x[t] + from + k);
+            for (int r = 0; r < ROWS; r++) sum[r][t] = fused(row[r], in, sum[r][t]);
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int t = 0; t < tokens; t++) acc[r][t] = sum[r][t];
+}
+
+static void tile(const float *weights, int64_t stride, const float *const *x, int64_t from, int64_t columns,
+                 vec (*acc)[TOKENS], int64_t tokens) {
+    for (int64_t t = 0; t < tokens; t += TILE_TOKENS) {
+        vec(*to)[TOKENS] = (vec(*)[TOKENS]) & acc[0][t];
+        switch (tokens - t < TILE_TOKENS ? tokens - t : TILE_TOKENS) {
+        case 1:
+            tile_body(weights, stride, x + t, from, columns, to, 1);
+            break;
+        case 2:
+            tile_body(weights, stride, x + t, from, columns, to, 2);
+            break;
+#if TILE_TOKENS > 2
+        case 3:
+            tile_body(weights, stride, x + t, from, columns, to, 3);
+            break;
+        default:
+            tile_body(weights, stride, x + t, from, columns, to, TILE_TOKENS);
+            break;
+#endif
+        }
+    }
+}
+
+/* Products of four rows with `tokens` rows of x; `tails` holds the x of the partial block, padded. */
+static void products(const anybit_weight *w, const instance *f, int64_t expert, const int64_t rows[ROWS],
+                     const float *const *x, const float (*tails)[BLOCK], int64_t tokens, float sums[ROWS][TOKENS]) {
+    const int64_t whole = w->cols & ~(int64_t)(BLOCK - 1), rest = w->cols - whole;
+    piece p[ROWS];
+    vec acc[ROWS][TOKENS];
+    float weights[ROWS * MANY_PIECE];
+    for (int r = 0; r < ROWS; r++)
+        for (int64_t t = 0; t < tokens; t++) acc[r][t] = zero();
+    if (tokens == 1) {
+        vec pairs[2 * ROWS];
+        for (int i = 0; i < 2 * ROWS; i++) pairs[i] = zero();
+        for (int64_t from = 0; from < whole; from += PIECE) {
+            const int64_t columns = whole - from < PIECE ? whole - from : PIECE;
+            for (int r = 0; r < ROWS; r++) fetch(w, expert, rows[r], from, columns, f->unit, p + r);
+            f->dot(w, p, columns / BLOCK, x[0] + from, pairs);
+        }
+        for (int r = 0; r < ROWS; r++) acc[r][0] = add(pairs[2 * r], pairs[2 * r + 1]);
+    } else {
+        for (int64_t from = 0; from < whole; from += MANY_PIECE) {
+            const int64_t columns = whole - from < MANY_PIECE ? whole - from : MANY_PIECE;
+            for (int r = 0; r < ROWS; r++) {
+                fetch(w, expert, rows[r], from, columns, f->unit, p);
+                f->expand(w, p, 0, columns / BLOCK, weights + r * MANY_PIECE);
+            }
+            tile(weights, MANY_PIECE, x, from, columns, acc, tokens);
+        }
+    }
+    if (rest) {
+        const float *tail[TOKENS];
+        for (int64_t t = 0; t < tokens; t++) tail[t] = tails[t];
+        for (int r = 0; r < ROWS; r++) {
+            fetch(w, expert, rows[r], whole, rest, f->unit, p);
+            expand_tail(w, f, p, 0, rest, weights + r * BLOCK);
+        }
+        tile(weights, BLOCK, tail, 0, BLOCK, acc, tokens);
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int64_t t = 0; t < tokens; t++) sums[r][t] = total(acc[r][t]);
+}
+
+/* ---- what a thread does --------------------------------------------------------------------------------------- */
+
+static void finish(const anybit_job *job, int64_t expert, int64_t row, int64_t pair, float sum) {
+    const anybit_weight *w = job->w;
+    if (w->factor.data) {
+        float factor[16];
+        units_of(&w->factor, expert, row, 0, BLOCK, BLOCK, factor);
+        sum *= factor[0];
+    }
+    if (job->bias) {
+        const int64_t at = expert * w->rows + row;
+        sum += one_number(job->bias_format, (const uint8_t *)job->bias + at * format_bytes[job->bias_format]);
+    }
+    put(job->y, job->y_format, pair * job->ldy + row, sum);
+}
+
+static void linear(void *shared) {
+    anybit_job *job = shared;
+    const anybit_weight *w = job->w;
+    const instance f = instance_for(w);
+    const int64_t whole = w->cols & ~(int64_t)(BLOCK - 1), rest = w->cols - whole;
+    for (int64_t item; (item = atomic_fetch_add_explicit(&job->next, 1, memory_order_relaxed)) < job->items;) {
+        const anybit_run *run = job->runs + item / job->items_per_run;
+        const int64_t from = item % job->items_per_run * job->rows_per_item;
+        const int64_t to = from + job->rows_per_item < job->rows ? from + job->rows_per_item : job->rows;
+        for (int64_t done = 0; done < run->count; done += TOKENS) {
+            const int64_t tokens = run->count - done < TOKENS ? run->count - done : TOKENS, first = run->first + done;
+            const float *x[TOKENS];
+            float tails[TOKENS][BLOCK];
+            for (int64_t t = 0; t < tokens; t++) {
+                x[t] = job->x + (job->tokens ? job->tokens[first + t] : first + t) * job->ldx;
+                if (!rest) continue;
+                memset(tails[t], 0, sizeof tails[t]);
+                memcpy(tails[t], x[t] + whole, (size_t)rest * sizeof(float));
+            }
+            for (int64_t row = from; row < to; row += ROWS) {
+                float sums[ROWS][TOKENS];
+                int64_t rows[ROWS]; /* beyond the last row: that row again, not used */
+                for (int r = 0; r < ROWS; r++) rows[r] = row + r < to ? row + r : to - 1;
+                products(w, &f, run->expert, rows, x, (const float(*)[BLOCK])tails, tokens, sums);
+                for (int64_t r = 0; r < ROWS && row + r < to; r++)
+                    for (int64_t t = 0; t < tokens; t++) finish(job, run->expert, row + r, first + t, sums[r][t]);
+            }
+        }
+    }
+}
+
+static void decode_row(const anybit_job *job, const instance *f, int64_t index, int64_t at) {
+    const anybit_weight *w = job->w;
+    const int64_t expert = index / w->rows, row = index % w->rows;
+    float buffer[PIECE], factor[16];
+    piece p;
+    if (w->factor.data) units_of(&w->factor, expert, row, 0, BLOCK, BLOCK, factor);
+    for (int64_t from = 0; from < w->cols; from += PIECE) {
+        const int64_t columns = w->cols - from < PIECE ? w->cols - from : PIECE, blocks = columns / BLOCK;
+        const int64_t rest = columns % BLOCK;
+        fetch(w, expert, row, from, columns, f->unit, &p);
+        f->expand(w, &p, 0, blocks, buffer);
+        if (rest) expand_tail(w, f, &p, blocks, rest, buffer + blocks * BLOCK);
+        if (w->factor.data)
+            for (int64_t k = 0; k < columns; k++) buffer[k] *= factor[0];
+        if (job->y_format == ANYBIT_F32) {
+            memcpy((float *)job->y + at * job->ldy + from, buffer, (size_t)columns * sizeof(float));
+            continue;
+        }
+        uint16_t *out = (uint16_t *)job->y + at * job->ldy + from;
+        int64_t k = 0;
+        if (job->y_format == ANYBIT_F16)
+            for (; k + WIDTH <= columns; k += WIDTH) store_half(out + k, load(buffer + k));
+        for (; k < columns; k++) out[k] = job->y_format == ANYBIT_F16 ? float_to_half(buffer[k]) : float_to_bfloat(buffer[k]);
+    }
+}
+
+static void decode(void *shared) {
+    anybit_job *job = shared;
+    const instance f = instance_for(job->w);
+    for (int64_t item; (item = atomic_fetch_add_explicit(&job->next, 1, memory_order_relaxed)) < job->items;) {
+        const int64_t from = item * job->rows_per_item;
+        const int64_t to = from + job->rows_per_item < job->rows ? from + job->rows_per_item : job->rows;
+        for (int64_t i = from; i < to; i++)
+            decode_row(job, &f, job->row_indices ? job->row_indices[i] : job->row_start + i, i);
+    }
+}
+
+const anybit_engine ENGINE = {ENGINE_NAME, check, linear, decode, to_float};

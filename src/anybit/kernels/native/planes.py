@@ -1,0 +1,363 @@
+"""Weights in the compiled kernel's layout: making it with torch, and the thin calls.
+
+A `Planes` owns the tensors that the kernel reads and the C struct that points at them. Making one costs a pass over the
+codes; a call costs a few microseconds before any arithmetic. Layout and order of evaluation: `anybit_native.h`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from anybit.kernels.native import ABI, ArrayStruct, Library, MinifloatStruct, WeightStruct, library, why_missing
+from anybit.kernels.native.support import (
+    FLOAT,
+    MINIMUM,
+    NO_OFFSET,
+    ROUNDINGS,
+    ZERO_POINT,
+    Code,
+    code,
+    plane_bits,
+    stored_format,
+    reasons_against,
+)
+from anybit.numerics.packing import PackedCodes
+from anybit.schemes import Offset, ScaleLevel, Scheme
+from anybit.weights import Dense, QuantizedWeight, scale_values
+
+__all__ = ["Planes", "from_weight", "pack_planes"]
+
+RUN: Final = 32  # codes that share bytes
+_SLACK: Final = 64  # bytes that must be readable beyond scales and offsets
+_CHUNK: Final = 1 << 22  # codes packed at once: bounds the temporaries
+_FORMATS: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum anybit_format
+
+
+class Planes:
+    """One weight [N, K], or stacked experts [E, N, K], ready for the kernel; with its bias [N] or [E, N].
+
+    nbytes  bytes held, all planes, scales, offsets and the bias
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        shape: tuple[int, ...],
+        planes: Sequence[Tensor],
+        scales: Sequence[Tensor] = (),
+        offset: Tensor | None = None,
+        offset_scales: Sequence[Tensor] = (),
+        bias: Tensor | None = None,
+    ) -> None:
+        """Take planes that `pack_planes` made (or that a file holds in that order) and canonical scales and offsets.
+
+        planes  [.., N, bytes of a row] uint8 each; for an unquantized weight the tensor [.., N, K] itself
+        scales, offset, offset_scales  as in QuantizedWeight
+        Raises ValueError if the kernel cannot run the scheme, RuntimeError without the library.
+        """
+        native = library()
+        if native is None:
+            raise RuntimeError(f"the compiled CPU kernel is missing: {why_missing()}")
+        reasons = reasons_against(scheme, shape)
+        element = code(scheme.element)
+        if reasons or element is None:
+            raise ValueError(f"the compiled CPU kernel cannot run {scheme}: {'; '.join(reasons)}")
+        _use_torch_threads(native)
+        self.scheme, self.shape = scheme, shape
+        self.rows, self.cols = shape[-2:]
+        self.bias = bias
+        self._tensors: list[Tensor] = []
+        self._struct = struct = WeightStruct(
+            abi=ABI, size=ctypes.sizeof(WeightStruct), experts=shape[0] if len(shape) == 3 else 1, rows=self.rows,
+            cols=self.cols, kind=element.kind, bits=element.bits, bias=element.bias, is_signed=element.is_signed,
+            minifloat=MinifloatStruct(*element.minifloat), table=element.values or (0.0,) * 16,
+        )  # fmt: skip
+        self._point_at_planes(element, planes)
+        self._point_at_scales(scales)
+        self._point_at_offset(offset, offset_scales)
+        if native.check(struct) != 0:
+            raise ValueError(f"the compiled CPU kernel refuses {scheme} of shape {shape}")
+        held = [*self._tensors, *([bias.contiguous()] if bias is not None else [])]
+        self.buffers = held  # what a host registers; the struct holds their addresses
+        self.nbytes = sum(t.nbytes for t in held)
+        if bias is not None:
+            self.bias = held[-1]
+        self._bias = self.bias.data_ptr() if self.bias is not None else None
+        self._bias_type = _FORMATS[self.bias.dtype] << 8 if self.bias is not None else 0
+        self._address = ctypes.addressof(struct)
+        self._linear, self._linear_experts, self._decode = native.linear, native.linear_experts, native.decode_rows
+
+    def _point_at_planes(self, element: Code, planes: Sequence[Tensor]) -> None:
+        widths = (element.bits,) if element.kind == FLOAT else plane_bits(element.bits)
+        assert len(planes) == len(widths)
+        for i, (plane, width) in enumerate(zip(planes, widths, strict=True)):
+            assert plane.shape[:-1] == self.shape[:-1] and plane.device.type == "cpu"
+            assert element.kind == FLOAT or plane.shape[-1] == -(-self.cols // RUN) * 4 * width
+            plane = plane if plane.stride(-1) == 1 or plane.shape[-1] <= 1 else plane.contiguous()
+            self._tensors.append(plane)
+            self._struct.plane[i] = plane.data_ptr()
+            self._struct.plane_row_stride[i] = plane.stride(-2) * plane.element_size()
+            if plane.dim() == 3:
+                self._struct.plane_expert_stride[i] = plane.stride(0) * plane.element_size()
+
+    def _point_at_scales(self, scales: Sequence[Tensor]) -> None:
+        levels = self.scheme.scales
+        assert len(levels) == len(scales)
+        if not levels:
+            return
+        self._struct.scale = self._array(levels[0], scales[0])
+        if len(levels) == 2:
+            second = self._array(levels[1], scales[1])
+            self._struct.divide = levels[1].divide
+            if self.scheme.order == "code_first":
+                self._struct.factor = second
+            else:
+                self._struct.scale2 = second
+
+    def _point_at_offset(self, offset: Tensor | None, offset_scales: Sequence[Tensor]) -> None:
+        spec = self.scheme.offset
+        self._struct.offset_kind = ROUNDINGS[self.scheme.round_to] if spec is None else NO_OFFSET
+        if spec is None:
+            return
+        assert offset is not None and len(offset_scales) == len(spec.levels)
+        self._struct.offset_kind = ZERO_POINT if spec.kind == "zero_point" else MINIMUM
+        self._struct.offset = self._array(spec, offset)
+        self._struct.offset.negate = spec.kind == "minimum" and spec.subtract
+        if spec.levels:
+            self._struct.offset2 = self._array(spec.levels[0], offset_scales[0])
+
+    def _array(self, level: ScaleLevel | Offset, values: Tensor) -> ArrayStruct:
+        """Scales or offsets [.., blocks of rows, blocks of columns] copied to where the kernel may read beyond them."""
+        row_block, group = level.block
+        if level.placement == "flat":  # blocks end with a row: a grid after all
+            row_block, group = 1, level.block[1]
+            values = values.view(*values.shape[:-1], self.rows, -1)
+        stored = stored_format(level.format)
+        if stored == 0:
+            values = scale_values(level.format, values)
+        elif values.element_size() == 1:
+            values = values.view(torch.uint8)
+        count = values.numel() * values.element_size()
+        buffer = torch.zeros(count + _SLACK, dtype=torch.uint8)
+        buffer[:count].view(values.dtype).copy_(values.flatten())
+        self._tensors.append(buffer)
+        row_bytes = values.shape[-1] * values.element_size()
+        return ArrayStruct(
+            data=buffer.data_ptr(), format=stored, row_stride=row_bytes if values.shape[-2] > 1 else 0,
+            expert_stride=row_bytes * values.shape[-2] if values.dim() == 3 and values.shape[0] > 1 else 0,
+            row_block=row_block or max(self.rows, 1), group=0 if values.shape[-1] == 1 else group,
+        )  # fmt: skip
+
+    def linear(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """W x + bias for every row of x: x [.., K] float32, float16 or bfloat16 -> [.., N] of x's dtype.
+
+        `out` may have another of the three dtypes. Weights are exact, sums are float32. For few rows: each eight rows
+        of x read W again.
+        """
+        cols = self.cols
+        if x.dim() == 2 and x.stride(1) == 1:
+            rows, stride, flat = x.shape[0], x.stride(0), x
+        else:
+            flat = x.reshape(-1, cols)
+            flat = flat if flat.stride(1) == 1 else flat.contiguous()
+            rows, stride = flat.shape[0], flat.stride(0)
+        if out is None:
+            out = torch.empty((*x.shape[:-1], self.rows), dtype=x.dtype)
+        if x.shape[-1] != cols or not out.is_contiguous() or out.numel() != rows * self.rows or len(self.shape) == 3:
+            raise ValueError(f"x {tuple(x.shape)}, out {tuple(out.shape)} for a weight {self.shape}")
+        types = _FORMATS[x.dtype] | _FORMATS[out.dtype] << 4 | self._bias_type
+        wrong = self._linear(
+            self._address, flat.data_ptr(), stride, out.data_ptr(), self.rows, self._bias, rows, types,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if wrong:
+            raise MemoryError("no memory for a float32 copy of x")
+        return out
+
+    def linear_experts(
+        self, x: Tensor, expert_ids: Tensor, token_ids: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """One product for each pair (expert, token): x [M, K], both ids [P] -> [P, N]; token_ids None: token p.
+
+        Sorted by expert, neighbouring pairs share the decoded weights.
+        """
+        flat = x if x.stride(-1) == 1 else x.contiguous()
+        expert_ids = expert_ids.to(torch.int32).contiguous()
+        pairs = expert_ids.numel()
+        tokens = None
+        if token_ids is not None:
+            token_ids = token_ids.to(torch.int32).contiguous()
+            tokens = token_ids.data_ptr()
+        if out is None:
+            out = torch.empty((pairs, self.rows), dtype=x.dtype)
+        if x.dim() != 2 or x.shape[1] != self.cols or not out.is_contiguous() or out.shape != (pairs, self.rows):
+            raise ValueError(f"x {tuple(x.shape)}, out {tuple(out.shape)} for experts {self.shape}")
+        if token_ids is not None and token_ids.numel() != pairs:
+            raise ValueError(f"{token_ids.numel()} tokens for {pairs} experts")
+        types = _FORMATS[x.dtype] | _FORMATS[out.dtype] << 4 | self._bias_type
+        wrong = self._linear_experts(
+            self._address, flat.data_ptr(), flat.shape[0], flat.stride(0), expert_ids.data_ptr(), tokens, pairs,
+            out.data_ptr(), self.rows, self._bias, types, torch.get_num_threads(),
+        )  # fmt: skip
+        if wrong == 2:
+            raise IndexError("an expert or token id out of range")
+        if wrong:
+            raise MemoryError("no memory for a float32 copy of x")
+        return out
+
+    def decode(self, start: int = 0, count: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The reference weight's rows [start, start + count) (all without `count`), [count, K].
+
+        Rows of stacked experts are numbered through: expert e begins at e * N.
+        """
+        count = self._struct.experts * self.rows - start if count is None else count
+        return self.decode_into(torch.empty((count, self.cols), dtype=dtype), start)
+
+    def decode_into(self, out: Tensor, start: int = 0) -> Tensor:
+        """As `decode`, into rows of `out` [count, K], whose rows may lie apart."""
+        return self._decode_rows(None, start, out)
+
+    def gather(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The reference weight's rows by number: rows [..] int64 -> [.., K]; an embedding."""
+        indices = rows.to(torch.int64).contiguous()
+        out = torch.empty((indices.numel(), self.cols), dtype=dtype)
+        return self._decode_rows(indices, 0, out).view(*rows.shape, self.cols)
+
+    def _decode_rows(self, indices: Tensor | None, start: int, out: Tensor) -> Tensor:
+        if out.dim() != 2 or out.shape[1] != self.cols or (out.stride(1) != 1 and self.cols > 1):
+            raise ValueError(f"out {tuple(out.shape)} for rows of {self.cols}")
+        wrong = self._decode(
+            self._address, None if indices is None else indices.data_ptr(), start, out.shape[0], out.data_ptr(),
+            out.stride(0), _FORMATS[out.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+        if wrong:
+            raise IndexError(f"rows beyond the {self._struct.experts * self.rows} there are")
+        return out
+
+
+def from_weight(weight: QuantizedWeight | Dense) -> Planes:
+    """A canonical weight in the kernel's layout; packed files are unpacked a few rows at a time."""
+    if isinstance(weight, Dense):
+        return Planes(weight.scheme, weight.shape, [weight.tensor], bias=weight.bias)
+    element = code(weight.scheme.element)
+    if element is None:
+        raise ValueError(f"the compiled CPU kernel cannot read {weight.scheme.element}")
+    stored = weight.stored_codes
+    is_ready = isinstance(stored, PackedCodes) and stored.order == "halves32" and stored.sign == "unsigned"
+    if is_ready and isinstance(stored, PackedCodes) and stored.data.shape[-1] == -(-stored.count // RUN) * 16:
+        planes = [stored.data]
+    else:
+        planes = pack_planes(stored, element.bits, element.flip)
+    return Planes(
+        weight.scheme, weight.shape, planes, weight.scales, weight.offset, weight.offset_scales, weight.bias
+    )  # fmt: skip
+
+
+def pack_planes(codes: Tensor | PackedCodes, bits: int, flip: int = 0) -> list[Tensor]:
+    """Codes [.., N, K], one a byte or packed, -> planes [.., N, bytes of a row] uint8, low bits first.
+
+    Bits above `bits` (the sign of int8 tensors) are dropped; `flip` is an exclusive-or of every code.
+    """
+    *lead, rows, cols = codes.shape
+    runs = -(-cols // RUN)
+    widths = plane_bits(bits)
+    if bits == 8 and isinstance(codes, Tensor) and cols % RUN == 0 and not flip:
+        return [codes.contiguous().view(torch.uint8)]
+    planes = [torch.empty((*lead, rows, runs * 4 * width), dtype=torch.uint8) for width in widths]
+    for part, outs in _chunks(codes, planes, max(1, _CHUNK // max(cols, 1))):
+        bytes_ = part.contiguous().view(torch.uint8)
+        if flip:
+            bytes_ = bytes_ ^ flip
+        if cols % RUN:
+            bytes_ = torch.nn.functional.pad(bytes_, (0, runs * RUN - cols))
+        shift = 0
+        for width, out in zip(widths, outs, strict=True):
+            out.view(-1, 4 * width).copy_(_PACK[width](bytes_.view(-1, RUN), shift))
+            shift += width
+    return planes
+
+
+def _chunks(
+    codes: Tensor | PackedCodes, planes: list[Tensor], rows: int
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Parts of a few rows, unpacked, with the places of their planes; experts one after another."""
+    if len(codes.shape) == 3:
+        for e in range(codes.shape[0]):
+            yield from _chunks(codes[e], [p[e] for p in planes], rows)
+        return
+    for start in range(0, codes.shape[0], rows):
+        count = min(rows, codes.shape[0] - start)
+        part = codes.rows(start, count).unpack() if isinstance(codes, PackedCodes) else codes[start : start + count]
+        yield part, [p[start : start + count] for p in planes]
+
+
+def _bytes(codes: Tensor, shift: int) -> Tensor:
+    assert shift == 0
+    return codes
+
+
+def _nibbles(codes: Tensor, shift: int) -> Tensor:
+    """Code j with code 16 + j: [.., 32] -> [.., 16]."""
+    assert shift == 0
+    return (codes[:, :16] & 15) | (codes[:, 16:] << 4)
+
+
+def _pairs(codes: Tensor, shift: int) -> Tensor:
+    """Two bits of each code, four codes a byte in order: [.., 32] -> [.., 8]; four codes at once as one word."""
+    words = (codes.view(torch.int32) >> shift) & 0x03030303
+    return (words | words >> 6 | words >> 12 | words >> 18).to(torch.uint8)
+
+
+def _bits(codes: Tensor, shift: int) -> Tensor:
+    """One bit of each code, eight codes a byte in order: [.., 32] -> [.., 4]; the product gathers eight bits."""
+    words = (codes.view(torch.int64) >> shift) & 0x0101010101010101
+    return ((words * 0x0102040810204080) >> 56).to(torch.uint8)
+
+
+_PACK: Final[dict[int, Callable[[Tensor, int], Tensor]]] = {8: _bytes, 4: _nibbles, 2: _pairs, 1: _bits}
+
+
+# ---- threads -------------------------------------------------------------------------------------------------------
+
+_threads_lock = threading.Lock()
+_threads_set = False
+
+
+def _use_torch_threads(native: Library) -> None:
+    """Hand the kernel the thread pool that torch uses: a second pool would spin beside it on the same cores."""
+    global _threads_set
+    with _threads_lock:
+        if not _threads_set:
+            native.set_parallel(gomp_parallel())
+            _threads_set = True
+
+
+def gomp_parallel() -> int:
+    """Address of GOMP_parallel in torch's OpenMP library (GNU's, or another with that entry); 0 if there is none."""
+    for path in _openmp_libraries():
+        try:
+            function = ctypes.CDLL(str(path)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0
+
+
+def _openmp_libraries() -> list[Path]:
+    """OpenMP libraries already in this process, torch's own first."""
+    home = Path(torch.__file__).parent
+    found = list((home / "lib").glob("lib*omp*"))
+    maps = Path("/proc/self/maps")
+    loaded = maps.read_text().split("\n") if maps.exists() else []
+    names = {line.split(maxsplit=5)[-1] for line in loaded if "/" in line}
+    mapped = sorted(Path(n) for n in names if Path(n).name.startswith(("libgomp", "libiomp5", "libomp")))
+    if not mapped:
+        return found
+    return sorted(mapped, key=lambda p: not p.is_relative_to(home.parent))

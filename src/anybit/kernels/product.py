@@ -1,0 +1,58 @@
+"""One layer at run time: input transform, activation quantization, product, bias, output quantization, in this order.
+
+The order and every rounding are those of the layer's Scheme; the stored weight comes from the kernel that the plan
+chose. Sums are float32, so the result differs from the float64 product of the quantized operands by accumulation and
+the final rounding to the dtype of x, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from anybit.kernels.catalogue import Stored
+from anybit.kernels.request import regime_of
+from anybit.numerics.activations import quantize_dequantize
+from anybit.schemes import Scheme
+
+
+@dataclass
+class Product:
+    """y = Q(x * p) W^T + b for x [.., K].
+
+    scheme       of the weight; its activation spec decides Q
+    stored       the weight in a kernel's layout
+    activation   tensors of static activation quantization
+    pre_scale    [K] float32 or None
+    bias         [N] or None
+    """
+
+    scheme: Scheme
+    stored: Stored
+    activation: Mapping[str, Tensor] = field(default_factory=dict)
+    pre_scale: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [.., K] in a float dtype -> [.., N] in the same dtype."""
+        rows = x.reshape(-1, x.shape[-1])
+        tokens = rows.shape[0]
+        if self.pre_scale is not None:
+            rows = rows.float() * self.pre_scale
+        if self.scheme.activation is not None:
+            rows = quantize_dequantize(rows.float(), self.scheme.activation, self.activation)
+        y = self.stored.linear(rows, regime_of(tokens), self.bias, x.dtype)
+        if self.scheme.output is not None:
+            scale = {"scale": self.activation["output_scale"]}
+            y = quantize_dequantize(y.float(), self.scheme.output, scale).to(x.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """Gradient of the input [.., K] for that of the output [.., N]: straight through the roundings."""
+        rows = grad.reshape(-1, grad.shape[-1]).float() @ self.stored.dequantize()
+        if self.pre_scale is not None:
+            rows = rows * self.pre_scale
+        return rows.to(grad.dtype).reshape(*grad.shape[:-1], rows.shape[-1])

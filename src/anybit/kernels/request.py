@@ -1,0 +1,132 @@
+"""What a kernel is asked, and what it answers. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from anybit.platforms import Platform
+from anybit.schemes import LayerKind, Scheme
+
+Regime = Literal["decode", "small", "prefill"]
+# regime -> (largest M it covers, M at which it is priced)
+REGIMES: Final[dict[Regime, tuple[int, int]]] = {"decode": (8, 1), "small": (64, 16), "prefill": (2**31 - 1, 512)}
+
+
+def regime_of(tokens: int) -> Regime:
+    """The regime of a call with M tokens."""
+    return next(name for name, (largest, _) in REGIMES.items() if tokens <= largest)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One layer in one regime: kind, scheme, shape (N, K) or (E, N, K), dtype of its activations."""
+
+    kind: LayerKind
+    scheme: Scheme
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    regime: Regime = "decode"
+
+    @property
+    def tokens(self) -> int:
+        """M at which the request is priced."""
+        return REGIMES[self.regime][1]
+
+    @property
+    def elements(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions of the product."""
+        n, k = self.shape[-2:]
+        return 2.0 * self.tokens * n * k
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One reason why a kernel cannot run a request: a code, the values, and the sentence made of them."""
+
+    code: str
+    text: str
+    values: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The reason as data."""
+        return {"code": self.code, "text": self.text, "values": self.values}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Yes, or all reasons why not."""
+
+    reasons: tuple[Reason, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """True if the kernel can run the request."""
+        return not self.reasons
+
+
+Execution = Literal["native", "exact emulation", "weight-only", "unquantized"]
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A kernel without its code.
+
+    layout          how it stores a weight; kernels of equal layout read the same buffers
+    implementation  "module:Class", imported when chosen
+    can_implement   (request, platform) -> Verdict with every reason
+    seconds         (request, platform) -> modelled time of one call
+    stored_bytes    request -> bytes of its layout
+    """
+
+    name: str
+    layout: str
+    implementation: str
+    can_implement: Callable[[Request, Platform], Verdict]
+    seconds: Callable[[Request, Platform], float]
+    stored_bytes: Callable[[Request], int]
+    about: str = ""
+
+    def execution(self, request: Request) -> Execution:
+        """How the declared arithmetic is carried out.
+
+        Every kernel so far decodes operands to float32 and multiplies there: exact for each quantized operand.
+        """
+        return "exact emulation" if request.scheme.is_quantized else "unquantized"
+
+
+def gather(*reasons: Reason | None) -> Verdict:
+    """A verdict of all the reasons that are not None."""
+    return Verdict(tuple(r for r in reasons if r is not None))
+
+
+def scale_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
+    """Bytes of all scales and offsets as the canonical form stores them."""
+    from anybit.numerics.formats import number_format
+
+    n, k = shape[-2:]
+    stacks = math.prod(shape[:-2])
+
+    def blocks(block: tuple[int, int], placement: str) -> int:
+        if placement in ("flat", "strided"):
+            return -(-n * k // block[1])
+        rows = 1 if block[0] == 0 else -(-n // block[0])
+        columns = 1 if block[1] == 0 else -(-k // block[1])
+        return rows * columns
+
+    def stored(format: str) -> int:
+        return max(1, number_format(format).bits // 8)
+
+    total = sum(blocks(level.block, level.placement) * stored(level.format) for level in scheme.scales)
+    if scheme.offset is not None:
+        total += blocks(scheme.offset.block, scheme.offset.placement) * stored(scheme.offset.format)
+        total += sum(blocks(lv.block, lv.placement) * stored(lv.format) for lv in scheme.offset.levels)
+    total += 4 * k * (scheme.act_order + scheme.pre_scale)
+    return total * stacks

@@ -1,0 +1,161 @@
+"""The machine at hand as a Platform, without torch: files of the system and vendors' own small tools.
+
+Nothing here takes more than two seconds: a tool that hangs is given up and the machine counts as having no such GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform as host
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from anybit.errors import DeviceProblem
+from anybit.platforms.platform import Platform
+from anybit.platforms.table import PLATFORMS
+
+_TIMEOUT: Final = 2.0
+# what a kernel may ask for, as Linux spells it in /proc/cpuinfo
+_CPU_FLAGS: Final = frozenset(
+    {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_vbmi", "amx_tile",
+     "amx_int8", "amx_bf16", "avx_vnni", "asimd", "sve", "bf16", "i8mm"}
+)
+_PYTHON_PROVIDERS: Final = ("torch", "triton", "aiter", "humming")
+
+
+def detect(device: str = "auto") -> Platform:
+    """The platform at hand: "cpu", "cuda" (NVIDIA or AMD), or "auto" (a GPU where there is one).
+
+    Raises DeviceProblem if a GPU is asked for and none answers.
+    """
+    if device.startswith("cpu"):
+        return _cpu()
+    gpu = _nvidia(_index(device)) or _amd(_index(device))
+    if gpu is not None:
+        return gpu
+    if device == "auto":
+        return _cpu()
+    raise DeviceProblem(
+        f"no GPU answers to {device!r}",
+        found="neither nvidia-smi nor the AMD kernel driver lists a device",
+        wanted="an NVIDIA or AMD GPU with its driver",
+        remedy="--device cpu, or `anybit doctor`",
+    )
+
+
+def _index(device: str) -> int:
+    _, _, number = device.partition(":")
+    return int(number) if number.isdigit() else 0
+
+
+def _providers() -> frozenset[str]:
+    found = {name for name in _PYTHON_PROVIDERS if importlib.util.find_spec(name) is not None}
+    folder = Path(__file__).resolve().parent.parent / "kernels" / "native"
+    spec = importlib.util.find_spec("anybit.kernels")
+    folders = [folder, *(Path(p) / "native" for p in (spec.submodule_search_locations if spec else None) or [])]
+    library = any(f.suffix in (".so", ".dylib", ".dll") for place in folders if place.is_dir() for f in place.iterdir())
+    if library and os.environ.get("ANYBIT_NATIVE", "1") != "0":
+        found.add("native")
+    return frozenset(found)
+
+
+def _cpu() -> Platform:
+    flags, model = _cpuinfo()
+    features = frozenset(flags & _CPU_FLAGS)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    basis = PLATFORMS["cpu-avx512"] if "avx512f" in features else PLATFORMS["cpu"]
+    share = cores / basis.cores
+    return Platform(
+        name=model or "cpu",
+        vendor="cpu",
+        arch=host.machine(),
+        features=features,
+        providers=_providers(),
+        memory_bytes=_memory_bytes(),
+        bandwidth=basis.bandwidth * min(1.0, max(share, 0.25)),
+        rates={k: v * share for k, v in basis.rates.items()},
+        cores=cores,
+        sources={"bandwidth": "modelled from the number of cores", "rates": "modelled from the number of cores"},
+        is_detected=True,
+    )
+
+
+def _cpuinfo() -> tuple[set[str], str]:
+    flags: set[str] = set()
+    model = ""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return flags, host.processor()
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            flags |= set(value.split())
+        elif key.strip() == "model name" and not model:
+            model = value.strip()
+    return flags, model
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def _nvidia(index: int) -> Platform | None:
+    tool = shutil.which("nvidia-smi")
+    if tool is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return None
+    query = [tool, "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=_TIMEOUT, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return None
+    rows = [line.split(", ") for line in done.stdout.strip().splitlines()]
+    if index >= len(rows) or len(rows[index]) != 3:
+        return None
+    name, capability, mebibytes = rows[index]
+    arch = "sm_" + capability.strip().replace(".", "")
+    return _from_table(name.strip(), "nvidia", arch, int(float(mebibytes)) * 2**20)
+
+
+def _amd(index: int) -> Platform | None:
+    """AMD's kernel driver describes each node in files: gfx_target_version 90402 is gfx942."""
+    nodes = Path("/sys/class/kfd/kfd/topology/nodes")
+    found = []
+    for node in sorted(nodes.glob("*/properties"), key=lambda p: p.parent.name.zfill(4)):
+        try:
+            properties = dict(line.split() for line in node.read_text().splitlines() if len(line.split()) == 2)
+        except OSError:
+            continue
+        version = int(properties.get("gfx_target_version", "0"))
+        if version:
+            major, minor, step = version // 10000, version // 100 % 100, version % 100
+            found.append((f"gfx{major}{minor:x}{step:x}", node.parent))
+    if index >= len(found):
+        return None
+    arch, folder = found[index]
+    memory = 0
+    for bank in folder.glob("mem_banks/*/properties"):
+        for line in bank.read_text().splitlines():
+            if line.startswith("size_in_bytes"):
+                memory = max(memory, int(line.split()[1]))
+    return _from_table(f"AMD {arch}", "amd", arch, memory)
+
+
+def _from_table(name: str, vendor: str, arch: str, memory_bytes: int) -> Platform:
+    """The detected device with the figures of the described one that it is, or of its arch."""
+    same_arch = [p for p in PLATFORMS.values() if p.vendor == vendor and p.arch == arch]
+    plain = name.lower().replace(" ", "")
+    described = next((p for p in same_arch if p.name in plain), same_arch[0] if same_arch else None)
+    if described is None:
+        described = Platform(arch, "nvidia" if vendor == "nvidia" else "amd", arch, frozenset({f"{vendor}-{arch}"}))
+    return replace(
+        described, name=name, memory_bytes=memory_bytes or described.memory_bytes, providers=_providers(),
+        is_detected=True,
+    )

@@ -1,0 +1,101 @@
+"""Every genuine checkpoint of the dialects at hand: reading equals the tool that wrote it, bit for bit."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import anybit
+from anybit.checkpoints.checkpoint import Checkpoint
+from anybit.kernels.linear.tiled_torch import StoredCanonical, compact
+from anybit.weights import Dense
+from conftest import CHECKPOINTS, EXPECTED, digest, expected, genuine
+
+# folders that a dialect of this version reads; a new dialect is a line
+READ = (
+    "gguf-*", "modelopt-*", "ct-*", "gptq-*", "awq-*", "autoround-asgptq-*", "quark-awqmode-*",
+)
+
+
+@cache
+def opened(name: str) -> Checkpoint:
+    return anybit.open(CHECKPOINTS / name)
+
+
+def modules() -> list[tuple[str, str]]:
+    return [(name, module) for name in genuine(*READ) for module in expected(name)["weights"]]
+
+
+@pytest.mark.parametrize("name", genuine(*READ))
+def test_reading_equals_the_genuine_tool_bit_for_bit(name: str) -> None:
+    checkpoint = opened(name)
+    for module, wanted in expected(name)["weights"].items():
+        weight = checkpoint.read(module).dequantize()
+        assert weight.dtype == torch.float32
+        assert list(weight.shape) == wanted["shape"] == list(checkpoint.layers[module].shape), module
+        assert digest(weight) == wanted["sha256"], module
+
+
+@pytest.mark.parametrize("name", genuine(*READ))
+def test_the_reference_kernel_stores_and_decodes_the_same_weight(name: str) -> None:
+    checkpoint = opened(name)
+    for module, wanted in expected(name)["weights"].items():
+        weight = checkpoint.read(module)
+        if not isinstance(weight, Dense):
+            stored = StoredCanonical(compact(weight))
+            stored.bind(stored.tensors())
+            assert digest(stored.dequantize()) == wanted["sha256"], module
+
+
+def cuts(name: str) -> list[tuple[str, int]]:
+    return [(module, dim) for module in list(expected(name)["weights"])[:7] for dim in (-2, -1)]
+
+
+@pytest.mark.parametrize("name", genuine(*READ))
+def test_cutting_then_dequantizing_equals_dequantizing_then_cutting(name: str) -> None:
+    checkpoint = opened(name)
+    for module, dim in cuts(name):
+        weight = checkpoint.read(module)
+        whole = weight.dequantize()
+        half = whole.shape[dim] // 2
+        try:
+            parts = [weight.narrow(dim, 0, half), weight.narrow(dim, half, whole.shape[dim] - half)]
+        except anybit.AnybitError as refusal:
+            assert refusal.kind == "unsupported"
+            assert refusal.found
+            continue
+        joined = torch.cat([part.dequantize() for part in parts], dim=dim)
+        assert torch.equal(joined, whole), (module, dim)
+
+
+def layers_with_values() -> list[str]:
+    names = []
+    for name in genuine(*READ):
+        with safe_open(EXPECTED / f"{name}.safetensors", "pt") as file:
+            names += [name] * any(key.startswith("layer/") for key in file.keys())  # noqa: SIM118
+    return names
+
+
+@pytest.mark.parametrize("name", layers_with_values())
+def test_a_layer_alone_gives_the_recorded_output(name: str) -> None:
+    """x̂ as the dialect's recipe says, then the product in float64: 1e-5 of the largest output."""
+    from anybit.numerics.activations import quantize_dequantize
+
+    checkpoint = opened(name)
+    with safe_open(EXPECTED / f"{name}.safetensors", "pt") as file:
+        for key in [k for k in file.keys() if k.startswith("layer/") and k.endswith("/x")]:  # noqa: SIM118
+            module = key.removeprefix("layer/").removesuffix("/x")
+            x, wanted = file.get_tensor(key).float(), file.get_tensor(f"layer/{module}/y").double()
+            weight = checkpoint.read(module)
+            scheme = weight.scheme
+            if getattr(weight, "pre_scale", None) is not None:
+                x = x * weight.pre_scale.float()
+            if scheme.activation is not None:
+                x = quantize_dequantize(x, scheme.activation, weight.activation)
+            y = x.double() @ weight.dequantize().double().T
+            y = y if weight.bias is None else y + weight.bias.double()
+            if scheme.output is None:
+                assert (y - wanted).norm() <= 1e-5 * wanted.norm(), module

@@ -1,0 +1,405 @@
+"""The compiled CPU kernel against the canonical reference weight, on every instruction set of this machine.
+
+Weights must be equal bit for bit; products may differ from the float64 product of the same weights by accumulation
+only. Outputs are poisoned with NaN first, so that an unwritten element cannot pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from anybit.kernels import native
+from anybit.numerics.formats import number_format
+from anybit.numerics.packing import PackedCodes, pack_halves32
+from anybit.schemes import CHANNEL, TENSOR, Offset, ScaleLevel, Scheme, group
+from anybit.weights import Dense, QuantizedWeight
+
+LIBRARY = native.library()
+if LIBRARY is None:
+    pytest.skip(f"the compiled CPU kernel is missing: {native.why_missing()}", allow_module_level=True)
+
+from anybit.kernels.native.planes import Planes, from_weight, pack_planes  # noqa: E402
+from anybit.kernels.native.support import code, reasons_against  # noqa: E402
+
+ISAS = [isa for isa in ("generic", "avx2", "avx512") if LIBRARY.set_isa(isa)]
+LIBRARY.set_isa("")
+
+INTEGERS = [f"{kind}{bits}" for kind in ("uint", "int") for bits in range(1, 9)]
+SMALL_FLOATS = ["fp4_e2m1", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3fn", "fp8_e5m2", "fp8_e4m3fnuz"]
+CODEBOOKS = ["nf4", "fp4_bnb", "iq4_nl", "fp4_doubled", "mxint4"]
+ELEMENTS = [*INTEGERS, *SMALL_FLOATS, *CODEBOOKS]
+WIDE = ["float32", "float16", "bfloat16"]
+SCALES = [*WIDE, "e8m0", "fp8_e4m3fn", "ue5m3", "uint8", "int8", "fp8_e5m2"]
+BLOCKS = [group(16), group(32), group(48), group(64), group(128), CHANNEL, TENSOR, (128, 128), (3, 32)]
+OFFSETS = [("zero_point", f) for f in ("uint4", "uint8", "int8", *WIDE)] + [("minimum", f) for f in (*WIDE, "uint6")]
+SHAPES = [(5, 96), (4, 64), (7, 33), (1, 1), (9, 150), (130, 320), (6, 1100), (2, 31), (8, 2048)]
+TOKENS = [1, 3, 0, 2, 5, 1, 8, 9]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+Case = tuple[QuantizedWeight, int]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    assert LIBRARY is not None
+    LIBRARY.set_isa(request.param)
+    yield request.param
+    LIBRARY.set_isa("")
+
+
+def random_codes(element: str, shape: tuple[int, ...]) -> Tensor:
+    form = number_format(element)
+    low, high = (-(2 ** (form.bits - 1)), 2 ** (form.bits - 1)) if form.kind == "int" else (0, 2**form.bits)
+    return torch.randint(low, high, shape, dtype=torch.int8 if form.kind == "int" else torch.uint8)
+
+
+def random_values(format: str, shape: tuple[int, ...], finite: bool) -> Tensor:
+    """Stored scales or offsets; without `finite` also NaN, infinities, zeros, subnormals and huge numbers."""
+    if format in WIDE:
+        dtype = getattr(torch, format)
+        values = torch.randn(shape) * (0.02 if finite else 1.0)
+        if not finite:
+            special = torch.tensor([float("nan"), float("inf"), 0.0, -0.0, 1e-45, 6e-8, 3e38, -1e-39])
+            values = torch.where(torch.rand(shape) < 0.1, special[torch.randint(0, 8, shape)], values)
+        return values.to(dtype)
+    if number_format(format).is_integer:
+        return random_codes(format, shape)
+    return torch.randint(90, 110, shape, dtype=torch.uint8) if finite else random_codes("uint8", shape)
+
+
+def blocks_of(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    *lead, rows, cols = shape
+    return (*lead, *(1 if size == 0 else -(-n // size) for n, size in ((rows, block[0]), (cols, block[1]))))
+
+
+def build(
+    element: str, shape: tuple[int, ...], scales: tuple[ScaleLevel, ...], offset: Offset | None = None,
+    order: str = "scales_first", round_to: str | None = None, finite: bool = True,
+) -> QuantizedWeight:
+    scheme = Scheme(element, scales, order, offset, round_to)  # type: ignore[arg-type]
+    codes = random_codes(element, shape)
+    if finite:
+        bad = torch.tensor([*number_format(element).nan_codes, *number_format(element).inf_codes], dtype=torch.uint8)
+        codes[torch.isin(codes.view(torch.uint8), bad)] = 1
+    stored = tuple(random_values(s.format, blocks_of(shape, s.block), finite) for s in scales)
+    values, levels = None, ()
+    if offset is not None:
+        values = random_values(offset.format, blocks_of(shape, offset.block), finite)
+        levels = tuple(random_values(s.format, blocks_of(shape, s.block), finite) for s in offset.levels)
+    return QuantizedWeight(scheme, shape, codes, stored, values, levels)
+
+
+def cases(element: str, finite: bool) -> Iterator[Case]:
+    """All scales x blocks, and all offsets x blocks; shapes and token counts take turns."""
+    turn = itertools.count(ELEMENTS.index(element))
+    for format, block in itertools.product(SCALES, BLOCKS):
+        i = next(turn)
+        yield build(element, SHAPES[i % 9], (ScaleLevel(format, block),), finite=finite), TOKENS[i % 8]
+    if code(element) is None or code(element).kind == 2:  # type: ignore[union-attr]
+        return
+    for (kind, format), block in itertools.product(OFFSETS, BLOCKS):
+        i = next(turn)
+        levels = (ScaleLevel("float16", (1, 256)),) if format == "uint6" else ()
+        if format == "uint6" and 256 % max(block[1], 256 * (block[1] == 0)):
+            block = group(32)
+        if format == "uint6":
+            block = (1, block[1] or 32)
+        offset = Offset(kind, format, block, levels, subtract=bool(levels))  # type: ignore[arg-type]
+        scale = ScaleLevel(WIDE[i % 3], BLOCKS[i // 3 % 9])
+        yield build(element, SHAPES[i % 9], (scale,), offset, finite=finite), TOKENS[i % 8]
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, signed zeros included; any NaN equals any NaN."""
+    nan = torch.isnan(b)
+    same = a.view(torch.int32) == b.view(torch.int32)
+    return a.shape == b.shape and bool((torch.isnan(a) == nan).all()) and bool((same | nan).all())
+
+
+def decoded(planes: Planes, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return planes.decode_into(torch.full((count, planes.cols), float("nan"), dtype=dtype))
+
+
+def assert_product(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None, extra: int = 0) -> None:
+    """Within the bound of float32 accumulation: at most K + 1 roundings of 2^-24 on each term, then y's own."""
+    w64, x64 = w.double(), x.double()
+    exact = x64 @ w64.T
+    size = x64.abs() @ w64.abs().T
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    unit = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[y.dtype]
+    terms = (w.shape[1] + 2 + extra) * 2.0**-24 * size
+    bound = terms + unit * (exact.abs() + terms) + torch.finfo(y.dtype).smallest_normal * unit
+    limit = torch.finfo(y.dtype).max
+    inside = exact.abs() + bound < limit
+    wrong = ((y.double() - exact).abs() > bound) & inside
+    assert not wrong.any(), (w.shape, x.shape, y[wrong][:4], exact[wrong][:4])
+    assert not torch.isnan(y).any()
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_decoded_rows_equal_the_reference_bit_for_bit(isa: str, element: str) -> None:
+    torch.manual_seed(ELEMENTS.index(element))
+    for weight, _ in cases(element, finite=False):
+        got, wanted = decoded(from_weight(weight), weight.shape[0]), weight.dequantize().expand(weight.shape)
+        assert equal(got, wanted.contiguous()), (weight.scheme, weight.shape)
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_products_differ_by_accumulation_only(isa: str, element: str) -> None:
+    torch.manual_seed(1000 + ELEMENTS.index(element))
+    for i, (weight, tokens) in enumerate(cases(element, finite=True)):
+        n, k = weight.shape
+        x = torch.randn(tokens, k).to(DTYPES[i % 3])
+        out = torch.full((tokens, n), float("nan"), dtype=DTYPES[i // 3 % 3])
+        from_weight(weight).linear(x, out)
+        assert_product(out, x, weight.dequantize().expand(n, k))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 5, 7, 8, 9, 17])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_number_of_tokens(isa: str, tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(tokens)
+    for shape in [(13, 96), (40, 2100), (64, 576)]:
+        weight = build("uint4", shape, (ScaleLevel("float16", group(32)),), Offset("minimum", "float16", group(32)))
+        x = torch.randn(tokens, shape[1]).to(dtype)
+        assert_product(from_weight(weight).linear(x), x, weight.dequantize())
+
+
+TWO_LEVELS = {
+    "nvfp4": ("fp4_e2m1", ScaleLevel("fp8_e4m3fn", group(16)), ScaleLevel("float32", TENSOR)),
+    "nvfp4-divided": ("fp4_e2m1", ScaleLevel("fp8_e4m3fn", group(16)), ScaleLevel("float32", TENSOR, divide=True)),
+    "q6_k": ("int6", ScaleLevel("int8", group(16)), ScaleLevel("float16", group(256))),
+    "q3_k": ("int3", ScaleLevel("int6", group(16)), ScaleLevel("float16", group(256))),
+    "rows": ("int8", ScaleLevel("bfloat16", group(64)), ScaleLevel("float32", CHANNEL)),
+}
+
+
+@pytest.mark.parametrize("order", ["scales_first", "code_first"])
+@pytest.mark.parametrize("name", TWO_LEVELS)
+def test_two_levels_of_scales(isa: str, name: str, order: str) -> None:
+    element, fine, coarse = TWO_LEVELS[name]
+    for shape in [(9, 512), (6, 2304), (5, 80)]:
+        weight = build(element, shape, (fine, coarse), order=order)
+        if reasons_against(weight.scheme, shape):
+            assert order == "code_first"
+            continue
+        planes = from_weight(weight)
+        assert equal(decoded(planes, shape[0]), weight.dequantize())
+        x = torch.randn(3, shape[1])
+        # code_first: linear multiplies the sum, the reference each weight: one rounding more a term
+        assert_product(planes.linear(x), x, weight.dequantize(), extra=2)
+
+
+@pytest.mark.parametrize("fine", ["uint6", "uint4"])
+def test_a_minimum_of_two_levels_as_in_k_quants(isa: str, fine: str) -> None:
+    scales = (ScaleLevel(fine, group(32)), ScaleLevel("float16", group(256)))
+    minimum = Offset("minimum", fine, group(32), (ScaleLevel("float16", group(256)),), subtract=True)
+    for element in ("uint2", "uint4", "uint5"):
+        weight = build(element, (6, 1536), scales, minimum)
+        assert equal(decoded(from_weight(weight), 6), weight.dequantize())
+
+
+@pytest.mark.parametrize("round_to", ["float16", "bfloat16", "float32"])
+def test_weights_that_the_format_rounds(isa: str, round_to: str) -> None:
+    for element, block, finite in itertools.product(["nf4", "fp4_bnb"], [group(16), group(64), CHANNEL], [True, False]):
+        weight = build(element, (6, 192), (ScaleLevel("float32", block),), round_to=round_to, finite=finite)
+        assert equal(decoded(from_weight(weight), 6), weight.dequantize())
+
+
+def test_flat_blocks_that_end_with_a_row(isa: str) -> None:
+    weight = build("nf4", (6, 192), ())
+    scale = torch.rand(6 * 3)
+    scheme = Scheme("nf4", (ScaleLevel("float32", (1, 64), placement="flat"),))
+    weight = QuantizedWeight(scheme, weight.shape, weight.codes, (scale,))
+    assert equal(decoded(from_weight(weight), 6), weight.dequantize())
+
+
+@pytest.mark.parametrize("element", WIDE)
+def test_unquantized_weights(isa: str, element: str) -> None:
+    for shape in [(9, 150), (5, 31), (8, 2048), (1, 1)]:
+        tensor = torch.randn(shape).to(getattr(torch, element))
+        planes = from_weight(Dense(Scheme(element), tensor))
+        assert equal(decoded(planes, shape[0]), tensor.float())
+        for tokens in (1, 4):
+            x = torch.randn(tokens, shape[1])
+            assert_product(planes.linear(x), x, tensor.float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_are_rounded_as_torch_rounds(isa: str, dtype: torch.dtype) -> None:
+    weight = build("int8", (7, 77), (ScaleLevel("float32", group(16)),), finite=False)
+    got = decoded(from_weight(weight), 7, dtype)
+    assert equal(got.float(), weight.dequantize().to(dtype).float())
+
+
+def test_gathered_rows_are_an_embedding(isa: str) -> None:
+    weight = build("uint4", (50, 70), (ScaleLevel("float16", group(32)),), Offset("zero_point", "uint4", group(32)))
+    planes, ids = from_weight(weight), torch.tensor([[3, 49], [0, 3]])
+    assert equal(planes.gather(ids), weight.dequantize()[ids])
+    with pytest.raises(IndexError):
+        planes.gather(torch.tensor([50]))
+    with pytest.raises(IndexError):
+        planes.gather(torch.tensor([-1]))
+
+
+def test_a_nan_row_of_x_stays_in_its_row(isa: str) -> None:
+    weight = build("int5", (11, 100), (ScaleLevel("float16", group(32)),))
+    x = torch.randn(5, 100)
+    x[2, 7] = float("nan")
+    y = from_weight(weight).linear(x)
+    assert torch.isnan(y[2]).all() and not torch.isnan(y[[0, 1, 3, 4]]).any()
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_what_lies_beyond_a_row_reaches_no_result(isa: str, tokens: int) -> None:
+    scheme = Scheme("fp8_e4m3fn", (ScaleLevel("float32", CHANNEL),))
+    plane = torch.full((4, 64), 0x7F, dtype=torch.uint8)  # NaN in the padding
+    plane[:, :40] = 0x38  # 1.0
+    planes = Planes(scheme, (4, 40), [plane], [torch.ones(4, 1)])
+    padded = torch.full((tokens, 64), float("inf"))
+    padded[:, :40] = 1.0
+    assert torch.equal(planes.linear(padded[:, :40]), torch.full((tokens, 4), 40.0))
+
+
+def test_x_and_out_may_have_strides_and_more_dimensions(isa: str) -> None:
+    weight = build("uint3", (10, 64), (ScaleLevel("bfloat16", group(16)),))
+    planes, w = from_weight(weight), weight.dequantize()
+    wide = torch.randn(6, 200)
+    assert_product(planes.linear(wide[:, 5:69]), wide[:, 5:69], w)
+    assert_product(planes.linear(wide[::2, 5:69]), wide[::2, 5:69], w)
+    tall = torch.randn(64, 3).T
+    assert_product(planes.linear(tall), tall, w)
+    cube = torch.randn(2, 3, 64)
+    y = planes.linear(cube)
+    assert y.shape == (2, 3, 10)
+    assert_product(y.view(6, 10), cube.view(6, 64), w)
+    vector = torch.randn(64)
+    assert planes.linear(vector).shape == (10,)
+    with pytest.raises(ValueError, match="x "):
+        planes.linear(torch.randn(2, 65))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias_is_added_once_in_float32(isa: str, dtype: torch.dtype) -> None:
+    weight = build("uint2", (9, 96), (ScaleLevel("float16", group(32)),))
+    bias = torch.randn(9).to(dtype)
+    weight = QuantizedWeight(weight.scheme, weight.shape, weight.codes, weight.scales, bias=bias)
+    for tokens in (1, 4):
+        x = torch.randn(tokens, 96)
+        assert_product(from_weight(weight).linear(x), x, weight.dequantize(), bias)
+
+
+@pytest.mark.parametrize("element", ["uint4", "int8", "fp6_e3m2", "int3"])
+def test_experts(isa: str, element: str) -> None:
+    shape = (4, 10, 80)
+    weight = build(element, shape, (ScaleLevel("float16", group(16)), ScaleLevel("float32", TENSOR)))
+    weight = QuantizedWeight(weight.scheme, shape, weight.codes, weight.scales, bias=torch.randn(4, 10))
+    planes, w = from_weight(weight), weight.dequantize()
+    assert equal(decoded(planes, 40), w.view(40, 80))
+    x = torch.randn(5, 80)
+    experts = torch.tensor([3, 0, 0, 2, *[1] * 11])
+    tokens = torch.tensor([4, 4, 1, 0, *[0, 1, 2, 3, 4] * 2, 2])
+    out = torch.full((15, 10), float("nan"))
+    planes.linear_experts(x, experts, tokens, out)
+    assert weight.bias is not None
+    for p in range(15):
+        e, t = int(experts[p]), int(tokens[p])
+        assert_product(out[p : p + 1], x[t : t + 1], w[e], weight.bias[e])
+    one_each = planes.linear_experts(x[:4].bfloat16(), torch.tensor([3, 2, 1, 0]))
+    assert one_each.dtype == torch.bfloat16
+    for p in range(4):
+        assert_product(one_each[p : p + 1], x[p : p + 1].bfloat16(), w[3 - p], weight.bias[3 - p])
+    for wrong in ([4, 0], [-1, 0]):
+        with pytest.raises(IndexError):
+            planes.linear_experts(x, torch.tensor(wrong))
+    with pytest.raises(IndexError):
+        planes.linear_experts(x, torch.tensor([0]), torch.tensor([5]))
+    assert planes.linear_experts(x, torch.tensor([], dtype=torch.int64)).shape == (0, 10)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_do_not_change_a_bit(threads: int) -> None:
+    torch.manual_seed(0)
+    weight = build("uint4", (1000, 640), (ScaleLevel("float16", group(32)),))
+    planes, x, before = from_weight(weight), torch.randn(2, 640), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = planes.linear(x)
+        torch.set_num_threads(threads)
+        assert all(torch.equal(planes.linear(x), alone) for _ in range(20))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_subnormal_weights_are_kept(isa: str) -> None:
+    weight = build("uint4", (4, 32), (ScaleLevel("float32", CHANNEL),))
+    weight = QuantizedWeight(weight.scheme, (4, 32), weight.codes, (torch.full((4, 1), 1e-42),))
+    assert equal(decoded(from_weight(weight), 4), weight.dequantize())
+    y = from_weight(weight).linear(torch.ones(1, 32))
+    assert torch.equal(y[0], weight.dequantize().sum(1))  # sums of subnormals are exact
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_planes_are_as_documented(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (3, 5, 70), dtype=torch.uint8)
+    padded = torch.nn.functional.pad(codes, (0, 26)).view(3, 5, 3, 32).int()
+    planes, shift = pack_planes(codes, bits), 0
+    for plane in planes:
+        width = plane.shape[-1] // 12
+        runs = plane.view(3, 5, 3, 4 * width).int()
+        for j in range(32):
+            byte, place = {8: (j, 0), 4: (j % 16, 4 * (j // 16)), 2: (j // 4, 2 * (j % 4)), 1: (j // 8, j % 8)}[width]
+            want = padded[..., j] >> shift & (2**width - 1)
+            assert torch.equal(runs[..., byte] >> place & (2**width - 1), want)
+        shift += width
+    assert shift == bits
+
+
+def test_ggufs_nibbles_are_taken_as_they_are(isa: str) -> None:
+    weight = build("uint4", (6, 96), (ScaleLevel("float16", group(32)),))
+    packed = PackedCodes(pack_halves32(weight.codes), 4, 96, order="halves32")
+    ready = QuantizedWeight(weight.scheme, weight.shape, packed, weight.scales)
+    planes = from_weight(ready)
+    assert planes._struct.plane[0] == packed.data.data_ptr()
+    assert equal(decoded(planes, 6), weight.dequantize())
+
+
+def test_packed_codes_of_other_orders() -> None:
+    from anybit.numerics.packing import pack_stream
+
+    weight = build("uint3", (6, 72), (ScaleLevel("float16", CHANNEL),))
+    packed = PackedCodes(pack_stream(weight.codes, 3), 3, 72)
+    assert equal(decoded(from_weight(QuantizedWeight(weight.scheme, (6, 72), packed, weight.scales)), 6),
+                 weight.dequantize())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        (Scheme("fp8_e5m2fnuz", (ScaleLevel("float32", TENSOR),)), "elements fp8_e5m2fnuz"),
+        (Scheme("uint4", (ScaleLevel("float16", group(8)),)), "groups of 8 columns"),
+        (Scheme("uint4", (ScaleLevel("float16", group(32), placement="gathered"),), act_order=True), "act-order"),
+        (Scheme("nf4", (ScaleLevel("float32", (1, 48), placement="flat"),)), "run across rows"),
+        (Scheme("int8", (ScaleLevel("float32", TENSOR),), round_to="bfloat16"), "rounded"),
+        (Scheme("fp8_e4m3fn", (ScaleLevel("float32", TENSOR),), offset=Offset("minimum", "float32", CHANNEL)), "offset"),
+    ],
+)
+def test_what_it_cannot_run_is_said(scheme: Scheme, reason: str) -> None:
+    assert any(reason in text for text in reasons_against(scheme, (64, 64)))
+
+
+@pytest.mark.parametrize(("variable", "word"), [("0", "ANYBIT_NATIVE"), ("1", "")])
+def test_the_loader_needs_no_torch_and_can_be_switched_off(variable: str, word: str) -> None:
+    program = "import sys; from anybit.kernels import native; print(native.why_missing()); assert 'torch' not in sys.modules"
+    environment = {**os.environ, "ANYBIT_NATIVE": variable}
+    out = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert word in out.stdout
