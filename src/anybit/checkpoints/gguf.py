@@ -152,13 +152,17 @@ def _opened(path: Path) -> Iterator[int]:
             raise Unsafe("not a regular file", where=path.name, wanted="a .gguf file")
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
-        raise Damaged("cannot be opened", where=path.name, found=error.strerror or "", wanted="a readable file") from error
+        raise _unreadable(path, error) from error
     try:
         yield fd
     except OSError as error:
-        raise Damaged("cannot be read", where=path.name, found=error.strerror or "", wanted="a readable file") from error
+        raise _unreadable(path, error) from error
     finally:
         os.close(fd)
+
+
+def _unreadable(path: Path, error: OSError) -> Damaged:
+    return Damaged("cannot be read", where=path.name, found=error.strerror or "", wanted="a readable file")
 
 
 def _read_part(path: Path) -> _Part:
@@ -185,15 +189,17 @@ def _tensor_info(raw: RawTensor, header: GgufHeader, path: Path) -> TensorInfo:
     return TensorInfo(raw.name, raw.type.name, shape, path, header.data_start + raw.offset, nbytes)
 
 
-def _check_layout(tensors: dict[str, TensorInfo], header: GgufHeader, size: int, path: Path, fd: int) -> tuple[str, ...]:
+def _check_layout(
+    tensors: dict[str, TensorInfo], header: GgufHeader, size: int, path: Path, fd: int
+) -> tuple[str, ...]:
     """Tensors fill the data one after the other, each padded to the alignment, as ggml demands; returns remarks."""
-    position, last = header.data_start, "the header"
-    end = position
-    for info in sorted(tensors.values(), key=lambda i: (i.offset, i.nbytes)):
+    for info in tensors.values():
         if info.offset + info.nbytes > size:
             raise Damaged(f"tensor {info.name} goes past the end of the file: incomplete download?", where=path.name,
                           found=f"bytes {info.offset:,} … {info.offset + info.nbytes:,} of {size:,}",
                           wanted=f"at most {size:,}", remedy="download the file again")
+    position, last = header.data_start, "the header"
+    for info in sorted(tensors.values(), key=lambda i: (i.offset, i.nbytes)):
         if info.offset != position:
             what = "overlaps" if info.offset < position else "leaves a gap after"
             raise Damaged(f"tensor {info.name} {what} {last}", where=path.name,

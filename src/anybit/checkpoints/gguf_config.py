@@ -1,9 +1,9 @@
 """GGUF metadata as a Hugging Face config: what `AutoConfig.for_model` builds the same model from.
 
 One table gives the architectures, one the keys; what a file says only through its tensors (tied head, biases, rope
-factors, expert sizes, vocabulary) is taken from them. The file's float32 epsilon is kept as it is: 9.999999747378752e-06
-is what the genuine engine computes with. Sources: llama.cpp 0c1e57098 (convert_hf_to_gguf.py, llama-arch.cpp),
-docs/formats/gguf.md §4.
+factors, expert sizes, vocabulary) is taken from them. The file's float32 epsilon is kept as it is
+(9.999999747378752e-06): the genuine engine computes with it. Sources: llama.cpp 0c1e57098 (convert_hf_to_gguf.py,
+llama-arch.cpp), docs/formats/gguf.md §4.
 """
 
 from __future__ import annotations
@@ -93,6 +93,10 @@ def require_loadable(contents: Contents) -> None:
         raise Unsupported("the model's architecture is not supported", where=where,
                           found="no general.architecture" if name is None else f"general.architecture {name!r:.80}",
                           wanted=", ".join(ARCHITECTURES), remedy="use a safetensors checkpoint of the same model")
+    version = metadata.get("general.quantization_version", 2)
+    if version != 2:  # ggml's GGML_QNT_VERSION: blocks of other versions had other layouts
+        raise Unsupported("the blocks have another quantization version", where=where, found=f"{version!r:.80}", wanted="2",
+                          remedy="quantize the original model again with a current llama.cpp")
 
 
 def config_from_metadata(
@@ -134,7 +138,7 @@ def config_from_metadata(
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
     if architecture.model_type == "llama":
         config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
-    dense_size = keys.optional("feed_forward_length") or _rows(tensors, "ffn_up.weight") or _rows(tensors, "ffn_up_exps.weight")
+    dense_size = keys.optional("feed_forward_length") or _rows(tensors, "ffn_up.weight")
     if dense_size is not None:
         config["intermediate_size"] = dense_size
     if architecture.moe:
@@ -263,9 +267,12 @@ def _rope(keys: _Keys, tensors: Mapping[str, TensorInfo], head_dim: int, read_fl
     kind = keys.word("rope.scaling.type")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
     if kind == "yarn":
-        scaling: JSON = {"rope_theta": theta, "rope_type": "yarn", "factor": factor}
-        if original is not None:
-            scaling["original_max_position_embeddings"] = original
+        context = original or keys.optional("context_length") or 2048
+        scaling: JSON = {"rope_theta": theta, "rope_type": "yarn", "factor": factor,
+                         "original_max_position_embeddings": context}
+        attention = keys.number("rope.scaling.attn_factor", 1.0)
+        if attention != 1.0:  # llama.cpp multiplies yarn's own factor by it; a config states the product
+            scaling["attention_factor"] = attention * (1 + 0.1 * math.log(factor) if factor > 1 else 1)
         for key, name in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
             if keys.value(f"rope.scaling.{name}") is not None:
                 scaling[key] = keys.number(f"rope.scaling.{name}", 0.0)

@@ -68,7 +68,7 @@ def _table() -> dict[str, OnlineScheme]:
         ("mxfp4", _mx("fp4_e2m1", "mx_even"), "4-bit floats, groups of 32 under powers of two; activations the same"),
         ("mxfp6_e2m3", _mx("fp6_e2m3", "mx_even"), "6-bit floats e2m3, as mxfp4"),
         ("mxfp6_e3m2", _mx("fp6_e3m2", "mx_even"), "6-bit floats e3m2, as mxfp4"),
-        ("mxfp8", _mx("fp8_e4m3fn", "mxfp8_log2"), "8-bit floats, groups of 32 under powers of two; activations the same"),
+        ("mxfp8", _mx("fp8_e4m3fn", "mxfp8_log2"), "8-bit floats, as mxfp4"),
         ("fp8_per_tensor", _fp8(TENSOR, fp8_token), "8-bit floats, one scale a matrix; activations by row"),
         ("fp8_per_channel", _fp8(CHANNEL, fp8_token), "8-bit floats, one scale a row; activations by row"),
         ("fp8_per_block", _fp8((128, 128), _group("fp8_e4m3fn", "fp8_group_divide", 128)),
@@ -97,7 +97,9 @@ def online_scheme(name: str) -> OnlineScheme:
     """The scheme called `name`; Unsupported with the list of names for any other."""
     found = ONLINE.get(name)
     if found is None:
-        raise Unsupported(f"no such quantization: {name!r}", wanted=", ".join(ONLINE), remedy="--quantization fp8_per_channel")
+        raise Unsupported(
+            f"no such quantization: {name!r}", wanted=", ".join(ONLINE), remedy="--quantization fp8_per_channel"
+        )
     return found
 
 
@@ -106,15 +108,15 @@ def why_not(layer: Layer, scheme_name: str) -> str | None:
 
     From headers alone. Embeddings, output heads and routers stay, and what the scheme's groups do not divide.
     """
-    last = layer.name.removesuffix(".weight").rpartition(".")[2]
+    path = layer.name.removesuffix(".weight").split(".")
     size = online_scheme(scheme_name).group_size
     if layer.scheme.is_quantized:
         return f"already quantized: {layer.scheme.weight_name()}"
     if layer.kind == "embedding":
         return "an embedding"
-    if last in HEADS:
+    if path[-1] in HEADS:
         return "the output head"
-    if last in ROUTERS:
+    if not ROUTERS.isdisjoint(path[-2:]):  # mlp.gate, block_sparse_moe.router.layer
         return "a router"
     if layer.shape[-1] % size:
         return f"K {layer.shape[-1]} is no multiple of the group size {size}"
@@ -141,10 +143,8 @@ def quantize(weight: Dense, scheme_name: str) -> QuantizedWeight:
             wanted=f"a multiple of {online.group_size}", remedy="leave this layer as it is, or take fp8_per_channel",
         )
     result = quantize_weight(online.rule, weight.tensor)
-    return QuantizedWeight(
-        online.scheme, weight.shape, _stored(result.codes, online.scheme), result.scales, result.zero_point,
-        bias=weight.bias,
-    )
+    codes = _stored(result.codes, online.scheme)
+    return QuantizedWeight(online.scheme, weight.shape, codes, result.scales, result.zero_point, bias=weight.bias)
 
 
 def _stored(codes: Tensor, scheme: Scheme) -> Tensor | PackedCodes:

@@ -46,8 +46,7 @@ class Product:
             rows = quantize_dequantize(rows.float(), self.scheme.activation, self.activation)
         y = self.stored.linear(rows, regime_of(tokens), self.bias, x.dtype)
         if self.scheme.output is not None:
-            scale = {"scale": self.activation["output_scale"]}
-            y = quantize_dequantize(y.float(), self.scheme.output, scale).to(x.dtype)
+            y = quantize_dequantize(y.float(), self.scheme.output, self.activation).to(x.dtype)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def input_gradient(self, grad: Tensor) -> Tensor:

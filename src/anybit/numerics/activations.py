@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from anybit.errors import Inconsistent
 from anybit.numerics.codec import decode, encode
 from anybit.numerics.formats import number_format
-from anybit.numerics.scales import SIXTH, shared_exponent
+from anybit.numerics.scales import SIXTH, quotient, shared_exponent
 
 __all__ = ["RECIPES", "QuantizedActivation", "Recipe", "Spec", "Tensors", "quantize", "quantize_dequantize"]
 
@@ -222,14 +222,14 @@ def int8_static(x: Tensor, spec: Spec, tensors: Tensors, *, divide: bool = False
 def int8_token(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
     """round(x * (127/a)) with the value q * (a/127); a zero row has the factor 0."""
     a = _row_max(x)
-    factor = torch.where(a == 0, 0.0, 127 / a)
-    return QuantizedActivation(encode(spec.element, x * factor), spec.element, a / 127)
+    factor = torch.where(a == 0, 0.0, quotient(127, a))
+    return QuantizedActivation(encode(spec.element, x * factor), spec.element, quotient(a, 127))
 
 
 def int8_token_asym(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
     """s = (max - min)/255, 0 not forced into the range, z = round(-128 - min/s) unclamped; a constant row gives 0."""
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    s = (high - low) / 255
+    s = quotient(high - low, 255)
     constant = s == 0
     z = _integer(torch.where(constant, 0.0, (-128 - low / s).round()))
     rounded = (x * torch.where(constant, 0.0, 1 / s)).round()
@@ -257,15 +257,15 @@ def llm_int8(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
     ordinary = a.masked_fill(outlier, 0.0)
     absmax = _row_max(ordinary)
     columns = outlier.flatten(0, -2).any(0).nonzero().squeeze(-1)
-    codes = encode("int8", ordinary * torch.where(absmax == 0, 0.0, 127 / absmax))
+    codes = encode("int8", ordinary * torch.where(absmax == 0, 0.0, quotient(127, absmax)))
     codes[..., columns] = 0
-    return QuantizedActivation(codes, "int8", absmax / 127, kept_columns=columns, kept=x[..., columns])
+    return QuantizedActivation(codes, "int8", quotient(absmax, 127), kept_columns=columns, kept=x[..., columns])
 
 
 def torchao_int8_token(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
     """s = max(absmax/127.5, 2^-23), x * (1/s): the largest value is clipped. Element int7 is torchao's reduce_range."""
     half_range = (2 ** number_format(spec.element).bits - 1) / 2
-    s = (_absmax(x, spec) / half_range).clamp(min=FLOAT32_EPS)
+    s = quotient(_absmax(x, spec), half_range).clamp(min=FLOAT32_EPS)
     size = _group_size(spec)
     codes = encode(spec.element, _each(x, 1 / s, size, _times))
     return QuantizedActivation(codes, spec.element, s, size)
@@ -278,14 +278,14 @@ def torchao_int8_token_asym(
     dims = tuple(range(x.dim())) if spec.granularity == "tensor" else (-1,)
     low = x.amin(dims, keepdim=True).clamp(max=0.0)
     high = x.amax(dims, keepdim=True).clamp(min=0.0)
-    s = ((high - low) / 255).clamp(min=floor)
+    s = quotient(high - low, 255).clamp(min=floor)
     z = _integer((-128 - (low / s).round()).clamp(-128, 127))
     return QuantizedActivation(_shifted_codes((x * (1 / s)).round(), z, "int8"), "int8", s, zero_point=z)
 
 
 def int4_group(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
     """s = absmax/7.5 for each group, x / s, clamp(-8, 7); a zero group has s = 2^-23."""
-    s = _absmax(x, spec) / 7.5
+    s = quotient(_absmax(x, spec), 7.5)
     s = torch.where(s == 0, FLOAT32_EPS, s)
     size = _group_size(spec)
     return QuantizedActivation(encode(spec.element, _each(x, s, size, _over)), spec.element, s, size)
@@ -303,20 +303,20 @@ def fp8_static(x: Tensor, spec: Spec, tensors: Tensors, *, divide: bool = False)
 def fp8_tensor(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
     """s = absmax/448 of the whole call, x * (1/s)."""
     whole = x.abs().amax() if x.numel() else x.new_zeros(())
-    s = (whole / E4M3_MAX).reshape((1,) * x.dim())
+    s = quotient(whole, E4M3_MAX).reshape((1,) * x.dim())
     return QuantizedActivation(encode(spec.element, x * torch.where(s == 0, 0.0, 1 / s)), spec.element, s)
 
 
 def fp8_token(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
     """s = max(min(absmax, bound)/448, 1/(448*512)), x / s."""
     a = _row_max(x) if spec.bound is None else _row_max(x).clamp(max=spec.bound)
-    s = (a / E4M3_MAX).clamp(min=TOKEN_FLOOR)
+    s = quotient(a, E4M3_MAX).clamp(min=TOKEN_FLOOR)
     return QuantizedActivation(encode(spec.element, x / s), spec.element, s)
 
 
 def fp8_group(x: Tensor, spec: Spec, tensors: Tensors, *, divide: bool = False) -> QuantizedActivation:
     """s = max(absmax, 1e-10)/448 for each group, x * (1/s), or x / s."""
-    s = _absmax(x, spec).clamp(min=GROUP_FLOOR) / E4M3_MAX
+    s = quotient(_absmax(x, spec).clamp(min=GROUP_FLOOR), E4M3_MAX)
     size = _group_size(spec)
     codes = encode(spec.element, _each(x, s, size, _over) if divide else _each(x, 1 / s, size, _times))
     return QuantizedActivation(codes, spec.element, s, size)
@@ -324,7 +324,7 @@ def fp8_group(x: Tensor, spec: Spec, tensors: Tensors, *, divide: bool = False) 
 
 def fp8_group_ue8m0(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
     """s = 2^ceil(log2(max(absmax/448, 1e-10))) through the float32 log2, x / s."""
-    s = _absmax(x, spec).clamp(min=GROUP_FLOOR) / E4M3_MAX
+    s = quotient(_absmax(x, spec).clamp(min=GROUP_FLOOR), E4M3_MAX)
     exponent = s.clamp(min=GROUP_FLOOR).log2().ceil()
     codes = (exponent.nan_to_num(0.0).clamp(-127, 127) + 127).to(torch.uint8).masked_fill_(exponent.isnan(), 255)
     return _power_of_two(x, spec, codes)
@@ -333,7 +333,7 @@ def fp8_group_ue8m0(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivat
 def torchao_fp8_token(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
     """s = absmax/448 without a floor, x / s; a zero row gives 0 (torchao's own path gives NaN)."""
     a = _absmax(x, spec)
-    s = (a if spec.bound is None else a.clamp(max=spec.bound)) / E4M3_MAX
+    s = quotient(a if spec.bound is None else a.clamp(max=spec.bound), E4M3_MAX)
     size = _group_size(spec)
     divisor = torch.where(s == 0, 1.0, s)
     return QuantizedActivation(encode(spec.element, _each(x, divisor, size, _over)), spec.element, s, size)
@@ -401,7 +401,7 @@ def nvfp4_reciprocal(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActiva
 
 def nvfp4_token(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
     """NVFP4 without calibration: G = 448 * 6 / absmax of the row, so that a row does not depend on its batch."""
-    g = 448 * 6 / _row_max(x)
+    g = quotient(448 * 6, _row_max(x))
     # a row below 2^-116 has no finite G; any finite one makes it 0 (NaN stays NaN)
     return _nvfp4(x, spec, torch.where(g.isinf(), 1.0, g), 0.0)
 
@@ -409,9 +409,9 @@ def nvfp4_token(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
 def torchao_nvfp4(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
     """s2 stored or absmax/(448*6) of the call; s = e4m3(clamp((a/6)/s2, 2^-6, 448)); x * ((1/s2)/s); q * (s*s2)."""
     whole = x.abs().amax() if x.numel() else x.new_zeros(())
-    s2 = _static(tensors, "scale", x) if "scale" in tensors else (whole / (448 * 6)).reshape((1,) * x.dim())
+    s2 = _static(tensors, "scale", x) if "scale" in tensors else quotient(whole, 448 * 6).reshape((1,) * x.dim())
     s2 = torch.where(s2 == 0, 1.0, s2)
-    scale_codes = encode(E4M3, ((_absmax(x, spec) / 6) / s2).clamp(2.0**-6, E4M3_MAX))
+    scale_codes = encode(E4M3, (quotient(_absmax(x, spec), 6) / s2).clamp(2.0**-6, E4M3_MAX))
     s = decode(E4M3, scale_codes)
     size = _group_size(spec)
     codes = encode(spec.element, _each(x, (1 / s2) / s, size, _times))
@@ -420,7 +420,7 @@ def torchao_nvfp4(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivatio
 
 def amdfp4(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
     """s = ue5m3(absmax/6), 0 becomes 2^-23; x / s."""
-    s = decode("ue5m3", encode("ue5m3", _absmax(x, spec) / 6))
+    s = decode("ue5m3", encode("ue5m3", quotient(_absmax(x, spec), 6)))
     s = torch.where(s == 0, FLOAT32_EPS, s)
     size = _group_size(spec)
     return QuantizedActivation(encode(spec.element, _each(x, s, size, _over)), spec.element, s, size)

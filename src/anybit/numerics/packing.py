@@ -96,7 +96,10 @@ class PackedCodes:
 
 def as_bytes(words: Tensor) -> Tensor:
     """Words [.., W] of any integer dtype as little-endian bytes [.., W * size] uint8; a view where possible."""
-    return words.contiguous().view(torch.uint8)
+    words = words.contiguous()
+    if words.stride(-1) != 1:  # a last dimension of size 1 counts as contiguous whatever its stride
+        words = words.clone(memory_format=torch.contiguous_format)
+    return words.view(torch.uint8)
 
 
 def unpack_stream(words: Tensor, bits: int, count: int) -> Tensor:
@@ -140,7 +143,9 @@ def pack_stream(codes: Tensor, bits: int, word_dtype: torch.dtype = torch.uint8)
             data[..., first + 1] |= codes[..., i] >> (8 - shift)
     size = torch.empty(0, dtype=word_dtype).element_size()
     words = -(-count * bits // (8 * size))
-    return _fit(data.flatten(-2), words * size).contiguous().view(word_dtype)
+    data = _fit(data.flatten(-2), words * size)
+    # a clone has regular strides; contiguous() keeps odd ones of dimensions of size 1, which a wider view refuses
+    return data.clone(memory_format=torch.contiguous_format).view(word_dtype)
 
 
 def unpack_fields(words: Tensor, bits: int, count: int | None = None) -> Tensor:

@@ -21,11 +21,12 @@ from torch.nn.functional import pad
 from anybit.errors import Damaged
 from anybit.numerics.codec import decode, encode
 from anybit.numerics.formats import number_format
-from anybit.numerics.scales import NVFP4_RECIPES, asymmetric_scale, shared_exponent, symmetric_scale
+from anybit.numerics.scales import NVFP4_RECIPES, asymmetric_scale, quotient, shared_exponent, symmetric_scale
 
 __all__ = ["WEIGHT_RULES", "WeightCodes", "quantize_weight"]
 
 INT4_DIVISORS: Final = (7.0, 8.0, 9.0)
+SLAB: Final = 2**22  # elements quantized at a time: 16 MiB in float32, a few times that for temporaries
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,16 +44,43 @@ class WeightCodes:
 def quantize_weight(rule: str, weight: Tensor) -> WeightCodes:
     """Quantize a weight [.., N, K] of any float dtype by a rule of WEIGHT_RULES; stacked experts one by one.
 
-    K must be a multiple of the rule's group. Raises Damaged for NaN or infinity; the caller adds the layer's name.
+    K must be a multiple of the rule's group. Works on slabs of rows: no float32 copy of the weight is made.
+    Raises Damaged for NaN or infinity; the caller adds the layer's name.
     """
-    weight = weight.float()
-    broken = weight.numel() - int(weight.isfinite().sum())
-    if broken:
+    absmax = torch.maximum(weight.amax((-2, -1), keepdim=True), -weight.amin((-2, -1), keepdim=True)).float()
+    if not bool(absmax.isfinite().all()):
+        broken = weight.numel() - int(weight.isfinite().sum())
         raise Damaged(
             "a weight holds NaN or infinity", found=f"{broken} of {weight.numel()} elements", wanted="finite numbers",
             remedy="download it again, or get it from its writer",
         )
-    return WEIGHT_RULES[rule](weight)
+    per_row = weight.numel() // weight.shape[-2]
+    rows = max(SLAB // per_row // 128, 1) * 128  # whole blocks of 128 rows
+    slabs = [
+        WEIGHT_RULES[rule](weight[..., start : start + rows, :].float(), absmax)
+        for start in range(0, weight.shape[-2], rows)
+    ]
+    scale, zero_point = _joined([s.scale for s in slabs]), _joined([s.zero_point for s in slabs])
+    codes = _joined([s.codes for s in slabs])
+    assert codes is not None
+    return WeightCodes(codes, tuple(t for t in (scale, slabs[0].global_scale) if t is not None), zero_point)
+
+
+@dataclass(frozen=True, eq=False)
+class _Slab:
+    """Some rows quantized; `global_scale` [.., 1, 1] is the matrix's and the same in every slab."""
+
+    codes: Tensor
+    scale: Tensor | None
+    zero_point: Tensor | None = None
+    global_scale: Tensor | None = None
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    present = [t for t in parts if t is not None]
+    if not present:
+        return None
+    return torch.cat(present, dim=-2) if len(present) > 1 else present[0]
 
 
 def _groups(weight: Tensor, size: int) -> Tensor:
@@ -65,16 +93,15 @@ def _safe(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
-def _nvfp4(weight: Tensor) -> WeightCodes:
+def _nvfp4(weight: Tensor, absmax: Tensor) -> _Slab:
     """ModelOpt's two levels: s2 = A/(6*448), s1 = e4m3(a/(6*s2)) in [2^-9, 448], codes of x/(s1*s2)."""
     recipe = NVFP4_RECIPES["modelopt"]
-    total = weight.abs().amax((-2, -1), keepdim=True)
-    s2 = _safe(recipe.global_scale(total))  # [.., 1, 1]
+    s2 = _safe(recipe.global_scale(absmax))
     codes, s1, _ = recipe.quantize(_groups(weight, 16), s2.unsqueeze(-1))
-    return WeightCodes(codes.flatten(-2), (s1, s2))
+    return _Slab(codes.flatten(-2), s1, global_scale=s2)
 
 
-def _mx(weight: Tensor, *, element: str, exponent: str) -> WeightCodes:
+def _mx(weight: Tensor, absmax: Tensor, *, element: str, exponent: str) -> _Slab:
     """OCP MX blocks of 32 under one power of two.
 
     Rule of the exponent, error of even / rceil: e2m1 even .1121 / .1186 (t .1237 / .1322), e2m3 even .0279 / .0281,
@@ -84,85 +111,91 @@ def _mx(weight: Tensor, *, element: str, exponent: str) -> WeightCodes:
     blocks = _groups(weight, 32)
     scale = shared_exponent(exponent, blocks.abs().amax(-1), element)
     codes = encode(element, blocks / decode("e8m0", scale).unsqueeze(-1))
-    return WeightCodes(codes.flatten(-2), (scale,))
+    return _Slab(codes.flatten(-2), scale)
 
 
-def _fp8(weight: Tensor, *, dims: tuple[int, ...]) -> WeightCodes:
-    """s = absmax/448 over the matrix or a row, codes of x/s: vLLM's and ModelOpt's online rule."""
-    scale = weight.abs().amax(dims, keepdim=True) / 448
-    return WeightCodes(encode("fp8_e4m3fn", weight / _safe(scale)), (scale,))
+def _fp8_per_tensor(weight: Tensor, absmax: Tensor) -> _Slab:
+    """s = absmax/448 of the matrix, codes of x/s: vLLM's and ModelOpt's."""
+    scale = quotient(absmax, 448)
+    return _Slab(encode("fp8_e4m3fn", weight / _safe(scale)), None, global_scale=scale)
 
 
-def _fp8_per_block(weight: Tensor) -> WeightCodes:
+def _fp8_per_channel(weight: Tensor, absmax: Tensor) -> _Slab:
+    """s = absmax/448 of a row, codes of x/s."""
+    scale = quotient(weight.abs().amax(-1, keepdim=True), 448)
+    return _Slab(encode("fp8_e4m3fn", weight / _safe(scale)), scale)
+
+
+def _fp8_per_block(weight: Tensor, absmax: Tensor) -> _Slab:
     """s = absmax/448 for each block of 128 x 128, the last ones short; DeepSeek's layout."""
     rows, columns = weight.shape[-2:]
     padded = pad(weight, (0, -columns % 128, 0, -rows % 128))
     lead = padded.shape[:-2]
     tiles = padded.reshape(*lead, padded.shape[-2] // 128, 128, padded.shape[-1] // 128, 128)
-    scale = tiles.abs().amax((-3, -1)) / 448  # [.., row blocks, column blocks]
+    scale = quotient(tiles.abs().amax((-3, -1)), 448)  # [.., row blocks, column blocks]
     codes = encode("fp8_e4m3fn", tiles / _safe(scale).unsqueeze(-1).unsqueeze(-3)).reshape(padded.shape)
-    return WeightCodes(codes[..., :rows, :columns].contiguous(), (scale,))
+    return _Slab(codes[..., :rows, :columns].contiguous(), scale)
 
 
-def _int8_per_channel(weight: Tensor) -> WeightCodes:
+def _int8_per_channel(weight: Tensor, absmax: Tensor) -> _Slab:
     """s = absmax/127 of a row, codes -127 to 127: vLLM's and SmoothQuant's."""
     scale = symmetric_scale(weight.abs().amax(-1, keepdim=True), 8)
-    return WeightCodes(encode("int8", weight / _safe(scale)), (scale,))
+    return _Slab(encode("int8", weight / _safe(scale)), scale)
 
 
-def _int8_per_channel_asym(weight: Tensor) -> WeightCodes:
+def _int8_per_channel_asym(weight: Tensor, absmax: Tensor) -> _Slab:
     """s = (max - min)/255 with 0 in the range, code = round(x/s) + z."""
     low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
     scale, zero_point = asymmetric_scale(low, high, 8)
     codes = ((weight / _safe(scale)).round() + zero_point).clamp(-128, 127).to(torch.int8)
-    return WeightCodes(codes, (scale,), zero_point.to(torch.int8))
+    return _Slab(codes, scale, zero_point.to(torch.int8))
 
 
-def _int4_symmetric(weight: Tensor, *, group_size: int) -> WeightCodes:
+def _int4_symmetric(weight: Tensor, absmax: Tensor, *, group_size: int) -> _Slab:
     """For each group the best of s = absmax / 7, 8, 9 in bfloat16 by squared error; codes -8 to 7.
 
     Error in groups of 128: /7 .1176 (t .172), /8 .1059 (.155), best of the three .1029 (.149). Letting the scale be
     negative (Q4_0, AutoRound) would give .0987 (.142), but several formats refuse negative scales.
     """
     groups = _groups(weight, group_size)
-    absmax = groups.abs().amax(-1, keepdim=True)
-    least = torch.full_like(absmax, torch.inf)
-    scale = torch.zeros_like(absmax)
+    largest = groups.abs().amax(-1, keepdim=True)
+    least = torch.full_like(largest, torch.inf)
+    scale = torch.zeros_like(largest)
     for divisor in INT4_DIVISORS:
-        tried = (absmax / divisor).bfloat16().float()
+        tried = quotient(largest, divisor).bfloat16().float()
         error = (decode("int4", encode("int4", groups / _safe(tried))) * tried - groups).square_().sum(-1, keepdim=True)
         better = error < least
         least, scale = torch.where(better, error, least), torch.where(better, tried, scale)
     codes = encode("int4", groups / _safe(scale))
-    return WeightCodes(codes.flatten(-2), (scale.squeeze(-1).bfloat16(),))
+    return _Slab(codes.flatten(-2), scale.squeeze(-1).bfloat16())
 
 
-def _uint4_asymmetric(weight: Tensor, *, group_size: int) -> WeightCodes:
+def _uint4_asymmetric(weight: Tensor, absmax: Tensor, *, group_size: int) -> _Slab:
     """s = (max - min)/15 in bfloat16 with 0 in the range, z = round(-min/s), code = round(x/s) + z in 0 to 15.
 
     Error in groups of 32: .0809 (t .0928), against .0897 (.113) of the symmetric rule.
     """
     groups = _groups(weight, group_size)
     low, high = groups.amin(-1, keepdim=True).clamp(max=0.0), groups.amax(-1, keepdim=True).clamp(min=0.0)
-    scale = ((high - low) / 15).bfloat16().float()
+    scale = quotient(high - low, 15).bfloat16().float()
     zero_point = (-low / _safe(scale)).round().clamp(0, 15)
     codes = ((groups / _safe(scale)).round() + zero_point).clamp(0, number_format("uint4").maximum)
-    return WeightCodes(
-        codes.to(torch.uint8).flatten(-2), (scale.squeeze(-1).bfloat16(),), zero_point.to(torch.uint8).squeeze(-1)
-    )
+    stored_zero = zero_point.to(torch.uint8).squeeze(-1)
+    return _Slab(codes.to(torch.uint8).flatten(-2), scale.squeeze(-1).bfloat16(), stored_zero)
 
 
-WEIGHT_RULES: Final[Mapping[str, Callable[[Tensor], WeightCodes]]] = {
+WEIGHT_RULES: Final[Mapping[str, Callable[[Tensor, Tensor], _Slab]]] = {
     "nvfp4": _nvfp4,
     "mxfp4": partial(_mx, element="fp4_e2m1", exponent="even"),
     "mxfp6_e2m3": partial(_mx, element="fp6_e2m3", exponent="even"),
     "mxfp6_e3m2": partial(_mx, element="fp6_e3m2", exponent="even"),
     "mxfp8": partial(_mx, element="fp8_e4m3fn", exponent="rceil"),
-    "fp8_per_tensor": partial(_fp8, dims=(-2, -1)),
-    "fp8_per_channel": partial(_fp8, dims=(-1,)),
+    "fp8_per_tensor": _fp8_per_tensor,
+    "fp8_per_channel": _fp8_per_channel,
     "fp8_per_block": _fp8_per_block,
     "int8_per_channel": _int8_per_channel,
     "int8_per_channel_asym": _int8_per_channel_asym,
     "int4_g128": partial(_int4_symmetric, group_size=128),
     "int4_g32_asym": partial(_uint4_asymmetric, group_size=32),
 }
+"""Rows [.., n, K] float32 and the absolute maximum [.., 1, 1] of the whole matrix -> the rows quantized."""

@@ -23,6 +23,7 @@ __all__ = [
     "Nvfp4Recipe",
     "asymmetric_scale",
     "largest_exponent",
+    "quotient",
     "shared_exponent",
     "symmetric_scale",
 ]
@@ -30,6 +31,18 @@ __all__ = [
 _SMALLEST_NORMAL: Final = 2.0**-126
 _FLOAT32_EPS: Final = 2.0**-23
 _INFINITY_BITS: Final = 0x7F80_0000
+
+
+def quotient(a: Tensor | float, b: Tensor | float) -> Tensor:
+    """a / b in float32 with one rounding, on every device; at least one of them a tensor.
+
+    torch means something else: `number / tensor` is the reciprocal times the number, and on GPUs `tensor / number` is a
+    product with 1/number, each rounded twice. (`1 / tensor` and `tensor / tensor` are true divisions.)
+    """
+    if isinstance(a, Tensor):
+        return torch.div(a, b if isinstance(b, Tensor) else torch.full((), b, dtype=torch.float32, device=a.device))
+    assert isinstance(b, Tensor)
+    return torch.div(torch.full((), a, dtype=torch.float32, device=b.device), b)
 
 
 # --- MX: one exponent for a block -------------------------------------------------------------------------------------
@@ -56,9 +69,9 @@ def shared_exponent(recipe: str, absmax: Tensor, format: str) -> Tensor:
 
 
 def _binade(absmax: Tensor) -> tuple[Tensor, Tensor]:
-    """Fraction in [1, 2) and float exponent of absmax, exactly, subnormals included; 0 has exponent -1 here."""
+    """Fraction in [1, 2) and float exponent of absmax, exactly, subnormals included; those of 0 mean nothing."""
     fraction, exponent = torch.frexp(absmax)
-    return fraction * 2, exponent.float() - 1
+    return fraction * 2, torch.where(absmax.isinf(), 128.0, exponent.float() - 1)
 
 
 def _emax(spec: NumberFormat) -> int:
@@ -113,11 +126,11 @@ def _floor_log2_one(absmax: Tensor, spec: NumberFormat) -> Tensor:
 
 
 def _rceil_log2(absmax: Tensor, spec: NumberFormat) -> Tensor:
-    return torch.log2(absmax / spec.maximum).ceil()
+    return torch.log2(quotient(absmax, spec.maximum)).ceil()
 
 
 def _rceil_log2_normal(absmax: Tensor, spec: NumberFormat) -> Tensor:
-    return torch.log2(absmax.clamp(min=_SMALLEST_NORMAL) / spec.maximum).ceil()
+    return torch.log2(quotient(absmax.clamp(min=_SMALLEST_NORMAL), spec.maximum)).ceil()
 
 
 SHARED_EXPONENTS: Final[Mapping[str, Callable[[Tensor, NumberFormat], Tensor]]] = {
@@ -177,12 +190,12 @@ def _modelopt_block(a: Tensor, s2: Tensor) -> Tensor:
 
 
 def _compressed_tensors_block(a: Tensor, g: Tensor) -> Tensor:
-    codes = _e4m3(g * a / 6)
+    codes = _e4m3(quotient(g * a, 6))
     return torch.where(codes == 0, _e4m3(torch.tensor(0.125)), codes)  # 0.125 is the eps of e4m3
 
 
 def _divisor(amax: Tensor) -> Tensor:
-    g = 448 * 6 / amax
+    g = quotient(448 * 6, amax)
     return torch.where(g.isfinite(), g, 1.0)
 
 
@@ -192,14 +205,14 @@ def _vllm_scaled(x: Tensor, s1: Tensor, g: Tensor) -> Tensor:
 
 
 def _quark_block(a: Tensor, s2: Tensor) -> Tensor:
-    return _e4m3(torch.where(a == 0, 1.0, (a / 6) / s2))
+    return _e4m3(torch.where(a == 0, 1.0, quotient(a, 6) / s2))
 
 
 SIXTH: Final = 0.16666667163372040  # float32(1/6)
 
 NVFP4_RECIPES: Final[Mapping[str, Nvfp4Recipe]] = {
     "modelopt": Nvfp4Recipe(
-        global_scale=lambda amax: amax / (6 * 448),
+        global_scale=lambda amax: quotient(amax, 6 * 448),
         block_scale=_modelopt_block,
         scaled=lambda x, s1, s2: x / (s1 * s2),
         value=lambda v, s1, s2: v * s1 * s2,
@@ -217,19 +230,19 @@ NVFP4_RECIPES: Final[Mapping[str, Nvfp4Recipe]] = {
         value=lambda v, s1, g: v * (s1 / g),
     ),
     "torchao": Nvfp4Recipe(
-        global_scale=lambda amax: amax / (448 * 6),
-        block_scale=lambda a, s2: _e4m3(((a / 6) / s2).clamp(2.0**-6, 448)),
+        global_scale=lambda amax: quotient(amax, 448 * 6),
+        block_scale=lambda a, s2: _e4m3((quotient(a, 6) / s2).clamp(2.0**-6, 448)),
         scaled=lambda x, s1, s2: x * ((1 / s2) / s1),
         value=lambda v, s1, s2: v * (s1 * s2),
     ),
     "torchao-single": Nvfp4Recipe(
         global_scale=lambda amax: torch.ones_like(amax),
-        block_scale=lambda a, _: _e4m3((a / 6).clamp(2.0**-6, 448)),
+        block_scale=lambda a, _: _e4m3(quotient(a, 6).clamp(2.0**-6, 448)),
         scaled=lambda x, s1, _: x * (1 / s1),
         value=lambda v, s1, _: v * s1,
     ),
     "quark": Nvfp4Recipe(
-        global_scale=lambda amax: amax / (6 * 448),
+        global_scale=lambda amax: quotient(amax, 6 * 448),
         block_scale=_quark_block,
         scaled=lambda x, s1, s2: x / (s1 * s2),
         value=lambda v, s1, s2: v * (s1 * s2),
@@ -245,7 +258,7 @@ def symmetric_scale(absmax: Tensor, bits: int, *, half: bool = False) -> Tensor:
 
     Quark and compressed-tensors quantize weights with half, torchao activations too; vLLM and most others without.
     """
-    return absmax / ((2**bits - 1) / 2 if half else float(2 ** (bits - 1) - 1))
+    return quotient(absmax, (2**bits - 1) / 2 if half else 2 ** (bits - 1) - 1)
 
 
 def asymmetric_scale(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -255,6 +268,6 @@ def asymmetric_scale(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tens
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     smallest, largest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    scale = (high - low) / (2**bits - 1)
+    scale = quotient(high - low, 2**bits - 1)
     zero_point = torch.where(scale == 0, 0.0, torch.round(smallest - low / scale))
     return scale, zero_point.clamp(smallest, largest)

@@ -28,8 +28,12 @@ DIALECTS: Final = {
     "gguf": "anybit.checkpoints.dialects.gguf",
     "modelopt": "anybit.checkpoints.dialects.modelopt",
     "compressed-tensors": "anybit.checkpoints.dialects.compressed_tensors",
+    "auto-round": "anybit.checkpoints.dialects.auto_round",
     "gptq": "anybit.checkpoints.dialects.gptq",
     "awq": "anybit.checkpoints.dialects.awq",
+    "fp8": "anybit.checkpoints.dialects.fp8",
+    "fbgemm_fp8": "anybit.checkpoints.dialects.fbgemm_fp8",
+    "gpt_oss_mxfp4": "anybit.checkpoints.dialects.gpt_oss_mxfp4",
     "plain": "anybit.checkpoints.dialects.plain",
 }
 

@@ -1,10 +1,10 @@
 """compressed-tensors, the format of llm-compressor: tensors to canonical weights.
 
 Stored per module: weight_packed (int32 words, fp4 nibbles or fp6 triplets along K) or weight (int8, fp8), weight_scale,
-and as the scheme needs weight_shape, weight_zero_point, weight_g_idx, weight_global_scale, input_scale, ... . A module is
-quantized iff such tensors are there; its group in config.json says how to read them and how activations are quantized.
+and as the scheme needs weight_shape, weight_zero_point, weight_g_idx, weight_global_scale, input_scale, ... . A module
+is quantized iff such tensors are there; its group in config.json says how to read them and how inputs are quantized.
 Rules, worked examples and sources with versions: docs/formats/compressed_tensors.md. The config alone is read by
-`_shared/compressed_tensors_config.py`, the headers of one module by `..._headers.py`; activation arithmetic lives in `numerics/activations.py`.
+`_shared/compressed_tensors_config.py`, the headers of one module by `compressed_tensors_headers.py` there.
 """
 
 from __future__ import annotations
@@ -67,8 +67,11 @@ def _modules_with_codes(contents: Contents) -> list[str]:
             if f"{module}.weight" in contents.tensors:
                 raise Inconsistent("a module stored twice", where=module, found="weight and weight_packed",
                                    wanted="one of them", remedy="remove the one that its group does not mean")
-        elif leaf != "weight" or info.dtype in FLOAT_DTYPES or info.dtype not in ("I8", "F8_E4M3"):
+        elif leaf != "weight" or len(info.shape) < 2 or info.dtype in (*FLOAT_DTYPES, "F64"):
             continue
+        elif info.dtype not in ("I8", "F8_E4M3"):
+            raise Unsupported("a weight in a dtype that no known compressed-tensors writes", where=name,
+                              found=info.dtype, wanted="I8, F8_E4M3 or a float", remedy="export the model again")
         need(contents, f"{module}.weight_scale", module)
         modules.append(module)
     return modules
@@ -129,10 +132,8 @@ def _check_shape(layer: Layer, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _codes(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor | PackedCodes:
-    import torch
-
     from anybit.checkpoints.dialects._shared import stored
-    from anybit.numerics.packing import PackedCodes, as_bytes, unpack_fields
+    from anybit.numerics.packing import PackedCodes, as_bytes
 
     kind, columns = layer.storage["codes"], layer.shape[-1]
     if kind in ("int8", "fp8"):
@@ -145,7 +146,7 @@ def _codes(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor | PackedCodes:
         return PackedCodes(packed, bits, columns)
     if layer.storage["packing"] == "dense":
         return PackedCodes(as_bytes(packed), bits, columns, sign="offset_binary")
-    return unpack_fields(packed, bits, columns).view(torch.int8) - 2 ** (bits - 1)
+    return stored.padded_codes(packed, bits, columns)
 
 
 def _scales(layer: Layer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -166,10 +167,8 @@ def _scales(layer: Layer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
 
 def _zero_points(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor | None:
     """Zero points [N, G] int8 in the domain of the signed codes; int32 words hold them packed along N."""
-    import torch
-
     from anybit.checkpoints.dialects._shared import stored
-    from anybit.numerics.packing import PackedCodes, as_bytes, unpack_fields
+    from anybit.numerics.packing import PackedCodes, as_bytes
     from anybit.weights import block_count
 
     given, offset, bits = tensors.get("weight_zero_point"), layer.scheme.offset, layer.scheme.weight_bits
@@ -186,7 +185,7 @@ def _zero_points(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor | None:
     if layer.storage["packing"] == "dense":
         codes = PackedCodes(as_bytes(along_rows), bits, rows, sign="offset_binary").unpack()
     else:
-        codes = unpack_fields(along_rows, bits, rows).view(torch.int8) - 2 ** (bits - 1)
+        codes = stored.padded_codes(along_rows, bits, rows)
     return codes.t().contiguous()
 
 
@@ -224,7 +223,8 @@ def _activation(layer: Layer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     from anybit.checkpoints.dialects._shared import stored
 
     found = {}
-    for leaf, name in (("input_scale", "scale"), ("input_global_scale", "global_scale"), ("output_scale", "output_scale")):
+    names = {"input_scale": "scale", "input_global_scale": "global_scale", "output_scale": "output_scale"}
+    for leaf, name in names.items():
         if leaf in tensors:  # an output scale of 0 means: do not quantize the output
             found[name] = stored.one_value(tensors[leaf], layer.tensors[leaf], allow_zero=leaf == "output_scale")
     if "input_zero_point" in tensors:

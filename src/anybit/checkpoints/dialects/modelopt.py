@@ -107,8 +107,10 @@ def _scales(layer: Layer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     level = layer.scheme.scales[0]
     grid = (*layer.shape[:-2], block_count(rows, level.block[0]), block_count(columns, level.block[1]))
     finest = stored.scales(tensors["weight_scale"], level.format, layer.tensors["weight_scale"])
-    if layer.kind == "experts":
-        finest = _transposed(finest) if finest.dim() == 3 else finest.reshape(-1, 1, 1).expand(grid)
+    if layer.kind == "experts" and finest.dim() == 3:
+        finest = _transposed(finest)
+    elif layer.kind == "experts":
+        finest = finest.flatten().repeat(grid[0] // finest.numel())
     finest = finest.reshape(grid)
     if len(layer.scheme.scales) == 1:
         return (finest,)
@@ -128,6 +130,6 @@ def _pre_scale(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor | None:
 def _activation(layer: Layer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     from anybit.checkpoints.dialects._shared import stored
 
-    if "input_scale" not in tensors:
+    if "input_scale" not in tensors or layer.scheme.activation is None:  # W4A16_NVFP4 may carry one unused
         return {}
     return {"scale": stored.one_value(tensors["input_scale"], layer.tensors["input_scale"])}

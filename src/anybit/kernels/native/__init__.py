@@ -137,9 +137,5 @@ def _open() -> tuple[Library | None, str]:
 
 
 def _places() -> list[Path]:
-    """Where the library may be: beside this file, or (editable installs) where the package's other half is."""
-    import anybit
-
-    folders = [Path(__file__).parent]
-    folders += [Path(root) / "kernels" / "native" for root in getattr(anybit, "__path__", [])]
-    return [folder / name for folder in folders for name in _FILES]
+    """Where the library may be: beside this file, or, in editable installs, in the package's other half."""
+    return [Path(folder) / name for folder in __path__ for name in _FILES]

@@ -8,14 +8,16 @@
 #include "engine.h"
 #include "floats.h"
 
+#include <math.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS 4         /* rows of W at once */
 #define TOKENS 8       /* rows of x at once */
-#define PIECE 1024     /* columns at once for one token */
+#define PIECE 4096     /* columns at once for one token */
 #define MANY_PIECE 512 /* ... for several: 4 x 512 decoded weights and 8 x 512 inputs stay in the first-level cache */
 #define BLOCK 32
+#define UNITS (PIECE / 16 + 16) /* scales of a row's piece at most, and room for a vector */
 
 #if defined(ANYBIT_ENGINE_AVX512)
 #include "vector_avx512.h"
@@ -35,52 +37,63 @@
 
 static const int32_t format_bytes[ANYBIT_FORMATS] = {4, 2, 2, 1, 1, 1, 1, 1};
 
-/* Sixteen stored numbers; loops of constant length that compilers turn into vector code. */
-INLINE void sixteen(const int32_t format, const uint8_t *from, float *to) {
+/* `count` numbers of an array that may be read 64 bytes further; `to` has room for 15 more. A byte's fields are moved
+ * to where a float32 has them, which misses the exponent's bias only: a power of two. */
+INLINE void convert(const int32_t format, const uint8_t *from, int64_t count, float *to) {
     const uint16_t *wide = (const uint16_t *)(const void *)from;
-    uint32_t bits[16];
+#define EACH(value) \
+    for (int64_t i = 0; i < count; i += WIDTH) store(to + i, value)
     switch (format) {
     case ANYBIT_F32:
-        memcpy(to, from, 64);
+        EACH(load((const float *)(const void *)from + i));
         return;
     case ANYBIT_F16:
-        for (int i = 0; i < 16; i += WIDTH) store(to + i, load_half(wide + i));
+        EACH(load_half(wide + i));
         return;
     case ANYBIT_BF16:
-        for (int i = 0; i < 16; i += WIDTH) store(to + i, load_bfloat(wide + i));
+        EACH(load_bfloat(wide + i));
         return;
-    case ANYBIT_E8M0: /* 2^(code - 127); code 0 is a subnormal, 255 is NaN */
-        for (int i = 0; i < 16; i++) bits[i] = (uint32_t)from[i] << 23 | (from[i] == 0 ? 0x00400000u : 0u);
-        for (int i = 0; i < 16; i++) bits[i] |= from[i] == 255 ? 0x00400000u : 0u;
-        memcpy(to, bits, 64);
+    case ANYBIT_E8M0: /* code 0 is 2^-127, 255 is NaN */
+        EACH(nan_from(maximum(load_fields(from + i, 23, 0, 0x7f800000), splat(0x1p-127f)), (float)INFINITY));
         return;
-    case ANYBIT_E4M3: /* the fields moved into a float32 whose exponent bias is 120 larger */
-        for (int i = 0; i < 16; i++) bits[i] = (uint32_t)(from[i] & 0x7f) << 20 | (uint32_t)(from[i] & 0x80) << 24;
-        memcpy(to, bits, 64);
-        for (int i = 0; i < 16; i++) to[i] = (from[i] & 0x7f) == 0x7f ? float_of_bits(0x7fc00000u) : to[i] * 0x1p120f;
+    case ANYBIT_E4M3: /* 480 is what the code of NaN would be */
+        EACH(nan_from(mul(load_fields(from + i, 24, 4, 0x87f00000), splat(0x1p120f)), 480.0f));
         return;
     case ANYBIT_UE5M3:
-        for (int i = 0; i < 16; i++) bits[i] = (uint32_t)from[i] << 20;
-        memcpy(to, bits, 64);
-        for (int i = 0; i < 16; i++) to[i] = from[i] == 0xff ? float_of_bits(0x7fc00000u) : to[i] * 0x1p112f;
+        EACH(nan_from(mul(load_fields(from + i, 20, 0, 0x0ff00000), splat(0x1p112f)), 122880.0f));
         return;
     case ANYBIT_U8:
-        for (int i = 0; i < 16; i++) to[i] = (float)from[i];
+        EACH(load_unsigned(from + i));
         return;
     default:
-        for (int i = 0; i < 16; i++) to[i] = (float)(int8_t)from[i];
+        EACH(load_signed(from + i));
         return;
     }
+#undef EACH
 }
 
-/* `count` numbers of an array that may be read 64 bytes further; `to` has room for 15 more. */
-INLINE void convert(int32_t format, const uint8_t *from, int64_t count, float *to) {
-    const int64_t step = 16 * format_bytes[format];
-    for (int64_t i = 0; i < count; i += 16, from += step) sixteen(format, from, to + i);
+/* The same for several rows, so that the choice of the format is made once. */
+static void convert_rows(int32_t format, const uint8_t *const *from, int rows, int64_t count, float (*to)[UNITS]) {
+    switch (format) {
+#define CASE(constant) \
+    case constant: \
+        for (int r = 0; r < rows; r++) convert(constant, from[r], count, to[r]); \
+        return;
+        CASE(ANYBIT_F32)
+        CASE(ANYBIT_F16)
+        CASE(ANYBIT_BF16)
+        CASE(ANYBIT_E8M0)
+        CASE(ANYBIT_E4M3)
+        CASE(ANYBIT_UE5M3)
+        CASE(ANYBIT_U8)
+        CASE(ANYBIT_I8)
+#undef CASE
+    }
 }
 
 static float one_number(int32_t format, const uint8_t *from) {
     uint16_t wide;
+    uint8_t bytes[16];
     float value[16];
     switch (format) {
     case ANYBIT_F32:
@@ -93,7 +106,8 @@ static float one_number(int32_t format, const uint8_t *from) {
         memcpy(&wide, from, 2);
         return bfloat_to_float(wide);
     default:
-        sixteen(format, from, value);
+        memset(bytes, *from, sizeof bytes);
+        convert(format, bytes, 1, value);
         return value[0];
     }
 }
@@ -119,82 +133,101 @@ INLINE void put(void *y, int32_t format, int64_t at, float value) {
 
 /* ---- scales and offsets of a piece --------------------------------------------------------------------------- */
 
-#ifndef AHEAD
-#define AHEAD(stride) (4 * (stride) > 4096 ? 4 * (stride) : 4096)
-#endif
-#ifndef PFS
-#define PFS 1
-#endif
-#define UNITS (PIECE / 16 + 16)
-
-/* A piece of one row: planes at its first block, a scale and an offset for each unit. */
+/* A piece of some rows: planes at its first block, a scale and an offset for each unit. */
 typedef struct {
-    const uint8_t *plane[3];
-    float scale[UNITS], offset[UNITS];
-} piece;
+    const uint8_t *plane[ROWS][3];
+    float scale[ROWS][UNITS], offset[ROWS][UNITS];
+} pieces;
 
-/* The entries of array `a` for the units of columns [from, from + columns) of a row, spread to the units. */
-static void units_of(const anybit_array *a, int64_t expert, int64_t row, int64_t from, int64_t columns, int unit,
-                     float *out) {
-    const int64_t group = a->group, size = format_bytes[a->format], count = (columns + unit - 1) / unit;
-    const uint8_t *base = a->data;
-    base += expert * a->expert_stride + (a->row_block == 1 ? row : row / a->row_block) * a->row_stride;
-    const int64_t first = group == 0 || from == 0 ? 0 : from / group;
-    if (PFS) prefetch(base + first * size + AHEAD(a->row_stride), group == unit ? count * size : 1);
+INLINE int64_t units_in(int64_t columns, int unit) { return (columns + unit - 1) >> (unit == 16 ? 4 : 5); }
+
+/* Asks for the bytes that will be read in the place of these some rows later: the next rows, or a page ahead. */
+INLINE void prefetch(const uint8_t *const *from, int rows, int64_t stride, int64_t bytes) {
+    const int64_t ahead = ROWS * stride > 4096 ? ROWS * stride : 4096;
+    if (rows == ROWS && from[ROWS - 1] - from[0] == (ROWS - 1) * stride && stride < bytes + 64) { /* one run of bytes */
+        rows = 1;
+        bytes += (ROWS - 1) * stride;
+    }
+    for (int r = 0; r < rows; r++)
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from[r] + ahead + i);
+}
+
+/* The entries of array `a` for the units of columns [from, from + columns) of some rows, spread to the units. */
+static void units_of(const anybit_array *a, int64_t expert, const int64_t *row, int rows, int64_t from, int64_t columns,
+                     int unit, float (*out)[UNITS]) {
+    const int64_t group = a->group, size = format_bytes[a->format], count = units_in(columns, unit);
+    const int64_t first = group == 0 || from == 0 ? 0 : (int64_t)((uint64_t)from / (uint64_t)group);
+    const int64_t ratio = group >> (unit == 16 ? 4 : 5);
+    const uint8_t *base = (const uint8_t *)a->data + expert * a->expert_stride + first * size, *start[ROWS];
+    for (int r = 0; r < rows; r++)
+        start[r] = base + (a->row_block == 1 ? row[r] : row[r] / a->row_block) * a->row_stride;
     if (group == unit) {
-        convert(a->format, base + first * size, count, out);
+        prefetch(start, rows, a->row_stride, count * size);
+        convert_rows(a->format, start, rows, count, out);
     } else if (group == 0 || from + columns <= (first + 1) * group) { /* one entry */
-        const vec value = splat(one_number(a->format, base + first * size));
-        for (int64_t i = 0; i < count; i += WIDTH) store(out + i, value);
-    } else if (group % unit == 0 && first * group == from) {
-        float entries[UNITS];
-        const int64_t ratio = group / unit;
-        convert(a->format, base + first * size, (count + ratio - 1) / ratio, entries);
-        if (ratio <= WIDTH) /* ascending whole vectors: each overwrites what the one before wrote too much */
-            for (int64_t i = 0, j = 0; i < count; i += ratio) store(out + i, splat(entries[j++]));
-        else
-            for (int64_t i = 0; i < count; i++) out[i] = entries[i / ratio];
-    } else { /* groups that straddle pieces */
-        for (int64_t i = 0; i < count; i++) out[i] = one_number(a->format, base + (from + i * unit) / group * size);
+        for (int r = 0; r < rows; r++) {
+            const vec value = splat(one_number(a->format, start[r]));
+            for (int64_t i = 0; i < count; i += WIDTH) store(out[r] + i, value);
+        }
+    } else if (ratio * unit == group && first * group == from) {
+        float entries[ROWS][UNITS];
+        const int64_t stored = (int64_t)((uint64_t)(columns + group - 1) / (uint64_t)group);
+        const int shift = ratio == 2 ? 1 : ratio == 4 ? 2 : 3;
+        prefetch(start, rows, a->row_stride, stored * size);
+        convert_rows(a->format, start, rows, stored, entries);
+        for (int r = 0; r < rows; r++) {
+            if (ratio == 1 << shift)
+                for (int64_t i = 0; i < count; i += WIDTH) store(out[r] + i, repeated(entries[r] + (i >> shift), shift));
+            else if (ratio % WIDTH == 0)
+                for (int64_t i = 0; i < count; i += WIDTH) store(out[r] + i, splat(entries[r][i / ratio]));
+            else
+                for (int64_t i = 0; i < count; i++) out[r][i] = entries[r][i / ratio];
+        }
+    } else { /* groups that straddle units or pieces */
+        for (int r = 0; r < rows; r++)
+            for (int64_t i = 0; i < count; i++)
+                out[r][i] = one_number(a->format, start[r] + ((from + i * unit) / group - first) * size);
     }
 }
 
-/* Asks for `bytes` bytes that will be read some rows later. */
-INLINE void prefetch(const uint8_t *from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
-}
-
-static void fetch(const anybit_weight *w, int64_t expert, int64_t row, int64_t from, int64_t columns, int unit,
-                  piece *p) {
-    float second[UNITS];
-    const int64_t count = (columns + unit - 1) / unit;
+/* Everything but the codes: reads the scales and offsets of the piece and points at its codes. */
+static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, int rows, int64_t from, int64_t columns,
+                  int unit, pieces *p) {
     static const int bytes_of_plane[9][3] = {{0}, {4}, {8}, {8, 4}, {16}, {16, 4}, {16, 8}, {16, 8, 4}, {32}};
-    for (int i = 0; i < 3; i++) {
-        const int64_t step = w->kind == ANYBIT_FLOAT ? (w->bits == 32 ? 128 : 64) : bytes_of_plane[w->bits][i];
-        p->plane[i] = (const uint8_t *)w->plane[i] + expert * w->plane_expert_stride[i] +
-                      row * w->plane_row_stride[i] + from / BLOCK * step;
-        if (step) prefetch(p->plane[i] + AHEAD(w->plane_row_stride[i]), columns * step / BLOCK);
+    const int64_t count = units_in(columns, unit);
+    for (int i = 0; i < 3 && w->plane[i]; i++) {
+        const int64_t block = w->kind == ANYBIT_FLOAT ? (w->bits == 32 ? 128 : 64) : bytes_of_plane[w->bits][i];
+        const uint8_t *base = (const uint8_t *)w->plane[i] + expert * w->plane_expert_stride[i] + (from >> 5) * block;
+        const uint8_t *start[ROWS];
+        for (int r = 0; r < rows; r++) p->plane[r][i] = start[r] = base + row[r] * w->plane_row_stride[i];
+        prefetch(start, rows, w->plane_row_stride[i], (columns >> 5) * block);
     }
     if (w->kind == ANYBIT_FLOAT) return;
+    float second[ROWS][UNITS];
     if (w->scale.data)
-        units_of(&w->scale, expert, row, from, columns, unit, p->scale);
+        units_of(&w->scale, expert, row, rows, from, columns, unit, p->scale);
     else
-        for (int64_t i = 0; i < count; i += WIDTH) store(p->scale + i, splat(1.0f));
+        for (int r = 0; r < rows; r++)
+            for (int64_t i = 0; i < count; i += WIDTH) store(p->scale[r] + i, splat(1.0f));
     if (w->scale2.data) {
-        units_of(&w->scale2, expert, row, from, columns, unit, second);
-        for (int64_t i = 0; i < count; i += WIDTH) {
-            const vec s = load(p->scale + i), t = load(second + i);
-            store(p->scale + i, w->divide ? divide(s, t) : mul(s, t));
-        }
+        units_of(&w->scale2, expert, row, rows, from, columns, unit, second);
+        for (int r = 0; r < rows; r++)
+            for (int64_t i = 0; i < count; i += WIDTH) {
+                const vec s = load(p->scale[r] + i), t = load(second[r] + i);
+                store(p->scale[r] + i, w->divide ? divide(s, t) : mul(s, t));
+            }
     }
     if (!w->offset.data) return;
-    units_of(&w->offset, expert, row, from, columns, unit, p->offset);
+    units_of(&w->offset, expert, row, rows, from, columns, unit, p->offset);
     if (w->offset2.data) {
-        units_of(&w->offset2, expert, row, from, columns, unit, second);
-        for (int64_t i = 0; i < count; i += WIDTH) store(p->offset + i, mul(load(p->offset + i), load(second + i)));
+        units_of(&w->offset2, expert, row, rows, from, columns, unit, second);
+        for (int r = 0; r < rows; r++)
+            for (int64_t i = 0; i < count; i += WIDTH)
+                store(p->offset[r] + i, mul(load(p->offset[r] + i), load(second[r] + i)));
     }
     if (w->offset.negate)
-        for (int64_t i = 0; i < count; i += WIDTH) store(p->offset + i, sub(splat(-0.0f), load(p->offset + i)));
+        for (int r = 0; r < rows; r++)
+            for (int64_t i = 0; i < count; i += WIDTH) store(p->offset[r] + i, sub(splat(-0.0f), load(p->offset[r] + i)));
 }
 
 /* ---- instances ------------------------------------------------------------------------------------------------ */
@@ -210,23 +243,23 @@ INLINE vec apply(const int offset_kind, vec v, vec s, vec o) {
 }
 
 /* The 32 weights of block b. A table is scaled before it is looked up: 16 products serve 32 weights. */
-INLINE void block(const anybit_weight *w, const piece *p, int64_t b, const int kind, const int bits,
+INLINE void block(const anybit_weight *w, const pieces *p, int r, int64_t b, const int kind, const int bits,
                   const int is_signed, const int offset_kind, const int unit, const table *values, vec out[VECTORS]) {
     const int has_offset = offset_kind == ANYBIT_ZERO_POINT || offset_kind == ANYBIT_MINIMUM;
     const int64_t u = unit == 16 ? 2 * b : b;
     if (kind == ANYBIT_FLOAT) {
         for (int i = 0; i < VECTORS; i++) {
             const int64_t at = BLOCK * b + WIDTH * i;
-            const void *weights = p->plane[0];
+            const void *weights = p->plane[r][0];
             out[i] = bits == 32   ? load((const float *)weights + at)
                      : bits == 16 ? load_half((const uint16_t *)weights + at)
                                   : load_bfloat((const uint16_t *)weights + at);
         }
         return;
     }
-    const vec s = splat(p->scale[u]), o = has_offset ? splat(p->offset[u]) : zero();
-    const vec s2 = unit == 16 ? splat(p->scale[u + 1]) : s;
-    const vec o2 = unit == 16 && has_offset ? splat(p->offset[u + 1]) : o;
+    const vec s = splat(p->scale[r][u]), o = has_offset ? splat(p->offset[r][u]) : zero();
+    const vec s2 = unit == 16 ? splat(p->scale[r][u + 1]) : s;
+    const vec o2 = unit == 16 && has_offset ? splat(p->offset[r][u + 1]) : o;
     if (kind == ANYBIT_TABLE) {
         table low = *values, high;
         TABLE_MAP(low, apply(offset_kind, v, s, o));
@@ -236,50 +269,51 @@ INLINE void block(const anybit_weight *w, const piece *p, int64_t b, const int k
         } else {
             high = low;
         }
-        table_block(bits, p->plane, b, low, high, out);
+        table_block(bits, p->plane[r], b, low, high, out);
         return;
     }
     if (kind == ANYBIT_INTEGER)
-        integer_block(bits, is_signed, p->plane, b, w->bias, out);
+        integer_block(bits, is_signed, p->plane[r], b, w->bias, out);
     else
-        minifloat_block(bits, p->plane, b, &w->minifloat, out);
+        minifloat_block(bits, p->plane[r], b, &w->minifloat, out);
     for (int i = 0; i < VECTORS; i++)
         out[i] = i < VECTORS / 2 ? apply(offset_kind, out[i], s, o) : apply(offset_kind, out[i], s2, o2);
 }
 
-/* Adds four rows' products with one x over `blocks` blocks to acc[2 * row], acc[2 * row + 1]. */
-INLINE void dot_body(const anybit_weight *w, const piece *p, int64_t blocks, const float *x, vec *acc, const int kind,
-                     const int bits, const int is_signed, const int offset_kind, const int unit) {
+/* Adds four rows' products with one x over `blocks` blocks to sums. */
+INLINE void dot_body(const anybit_weight *w, const pieces *p, int64_t blocks, const float *x, float *sums,
+                     const int kind, const int bits, const int is_signed, const int offset_kind, const int unit) {
     const table values = table_of(w->table);
-    vec sum[2 * ROWS];
-    for (int i = 0; i < 2 * ROWS; i++) sum[i] = acc[i];
+    vec sum[ROWS][2];
+    for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = zero();
     for (int64_t b = 0; b < blocks; b++) {
         vec in[VECTORS];
         for (int i = 0; i < VECTORS; i++) in[i] = load(x + BLOCK * b + WIDTH * i);
         for (int r = 0; r < ROWS; r++) {
             vec weights[VECTORS];
-            block(w, p + r, b, kind, bits, is_signed, offset_kind, unit, &values, weights);
-            for (int i = 0; i < VECTORS; i++) sum[2 * r + i % 2] = fused(weights[i], in[i], sum[2 * r + i % 2]);
+            block(w, p, r, b, kind, bits, is_signed, offset_kind, unit, &values, weights);
+            for (int i = 0; i < VECTORS; i++) sum[r][i % 2] = fused(weights[i], in[i], sum[r][i % 2]);
         }
     }
-    for (int i = 0; i < 2 * ROWS; i++) acc[i] = sum[i];
+    add_totals(add(sum[0][0], sum[0][1]), add(sum[1][0], sum[1][1]), add(sum[2][0], sum[2][1]),
+               add(sum[3][0], sum[3][1]), sums);
 }
 
 /* Writes the weights of blocks [first, first + blocks) of a piece. */
-INLINE void expand_body(const anybit_weight *w, const piece *p, int64_t first, int64_t blocks, float *out,
+INLINE void expand_body(const anybit_weight *w, const pieces *p, int r, int64_t first, int64_t blocks, float *out,
                         const int kind, const int bits, const int is_signed, const int offset_kind, const int unit) {
     const table values = table_of(w->table);
     for (int64_t b = 0; b < blocks; b++) {
         vec weights[VECTORS];
-        block(w, p, first + b, kind, bits, is_signed, offset_kind, unit, &values, weights);
+        block(w, p, r, first + b, kind, bits, is_signed, offset_kind, unit, &values, weights);
         for (int i = 0; i < VECTORS; i++) store(out + BLOCK * b + WIDTH * i, weights[i]);
     }
 }
 
 typedef struct {
     int unit;
-    void (*dot)(const anybit_weight *, const piece *, int64_t, const float *, vec *);
-    void (*expand)(const anybit_weight *, const piece *, int64_t, int64_t, float *);
+    void (*dot)(const anybit_weight *, const pieces *, int64_t, const float *, float *);
+    void (*expand)(const anybit_weight *, const pieces *, int, int64_t, int64_t, float *);
 } instance;
 
 /* Every combination that is compiled: X(kind, bits, signed, offset, unit). */
@@ -296,13 +330,13 @@ typedef struct {
 
 #define NAME(what, kind, bits, is_signed, offset, unit) what##_##kind##_##bits##_##is_signed##_##offset##_##unit
 #define DEFINE(kind, bits, is_signed, offset, unit) \
-    static void NAME(dot, kind, bits, is_signed, offset, unit)(const anybit_weight *w, const piece *p, int64_t blocks, \
-                                                               const float *x, vec *acc) { \
-        dot_body(w, p, blocks, x, acc, kind, bits, is_signed, offset, unit); \
+    static void NAME(dot, kind, bits, is_signed, offset, unit)(const anybit_weight *w, const pieces *p, int64_t blocks, \
+                                                               const float *x, float *sums) { \
+        dot_body(w, p, blocks, x, sums, kind, bits, is_signed, offset, unit); \
     } \
-    static void NAME(expand, kind, bits, is_signed, offset, unit)(const anybit_weight *w, const piece *p, \
+    static void NAME(expand, kind, bits, is_signed, offset, unit)(const anybit_weight *w, const pieces *p, int r, \
                                                                   int64_t first, int64_t blocks, float *out) { \
-        expand_body(w, p, first, blocks, out, kind, bits, is_signed, offset, unit); \
+        expand_body(w, p, r, first, blocks, out, kind, bits, is_signed, offset, unit); \
     }
 INSTANCES(DEFINE)
 
@@ -331,15 +365,15 @@ static int32_t check(const anybit_weight *w) { return instance_for(w).dot ? ANYB
 /* ---- rows ------------------------------------------------------------------------------------------------------ */
 
 /* The last, partial block of a row: its weights, then zeros, so that what the file pads with reaches no result. */
-static void expand_tail(const anybit_weight *w, const instance *f, const piece *p, int64_t b, int64_t columns,
-                        float *out) {
+static void expand_tail(const anybit_weight *w, const instance *f, const pieces *p, int r, int64_t b,
+                        int64_t columns, float *out) {
     if (w->kind == ANYBIT_FLOAT) { /* rows of plain floats are not padded */
         const int32_t format = w->bits == 32 ? ANYBIT_F32 : w->bits == 16 ? ANYBIT_F16 : ANYBIT_BF16;
         float exact[BLOCK + 16];
-        to_float(format, p->plane[0] + b * BLOCK * format_bytes[format], columns, exact);
+        to_float(format, p->plane[r][0] + b * BLOCK * format_bytes[format], columns, exact);
         memcpy(out, exact, (size_t)columns * sizeof(float));
     } else {
-        f->expand(w, p, b, 1, out);
+        f->expand(w, p, r, b, 1, out);
     }
     for (int64_t i = columns; i < BLOCK; i++) out[i] = 0.0f;
 }
@@ -386,55 +420,50 @@ static void tile(const float *weights, int64_t stride, const float *const *x, in
 }
 
 /* Products of four rows with `tokens` rows of x; `tails` holds the x of the partial block, padded. */
-static void products(const anybit_weight *w, const instance *f, int64_t expert, const int64_t rows[ROWS],
-                     const float *const *x, const float (*tails)[BLOCK], int64_t tokens, float sums[ROWS][TOKENS]) {
+static void products(const anybit_weight *w, const instance *f, int64_t expert, const int64_t *rows,
+                     const float *const *x, const float (*tails)[BLOCK], int64_t tokens, float (*sums)[ROWS]) {
     const int64_t whole = w->cols & ~(int64_t)(BLOCK - 1), rest = w->cols - whole;
-    piece p[ROWS];
+    pieces p;
+    memset(sums, 0, (size_t)tokens * sizeof *sums);
+    if (tokens == 1) {
+        for (int64_t from = 0; from < whole; from += PIECE) {
+            const int64_t columns = whole - from < PIECE ? whole - from : PIECE;
+            fetch(w, expert, rows, ROWS, from, columns, f->unit, &p);
+            f->dot(w, &p, columns / BLOCK, x[0] + from, sums[0]);
+        }
+        if (!rest) return;
+    }
     vec acc[ROWS][TOKENS];
     float weights[ROWS * MANY_PIECE];
     for (int r = 0; r < ROWS; r++)
         for (int64_t t = 0; t < tokens; t++) acc[r][t] = zero();
-    if (tokens == 1) {
-        vec pairs[2 * ROWS];
-        for (int i = 0; i < 2 * ROWS; i++) pairs[i] = zero();
-        for (int64_t from = 0; from < whole; from += PIECE) {
-            const int64_t columns = whole - from < PIECE ? whole - from : PIECE;
-            for (int r = 0; r < ROWS; r++) fetch(w, expert, rows[r], from, columns, f->unit, p + r);
-            f->dot(w, p, columns / BLOCK, x[0] + from, pairs);
-        }
-        for (int r = 0; r < ROWS; r++) acc[r][0] = add(pairs[2 * r], pairs[2 * r + 1]);
-    } else {
-        for (int64_t from = 0; from < whole; from += MANY_PIECE) {
-            const int64_t columns = whole - from < MANY_PIECE ? whole - from : MANY_PIECE;
-            for (int r = 0; r < ROWS; r++) {
-                fetch(w, expert, rows[r], from, columns, f->unit, p);
-                f->expand(w, p, 0, columns / BLOCK, weights + r * MANY_PIECE);
-            }
-            tile(weights, MANY_PIECE, x, from, columns, acc, tokens);
-        }
+    for (int64_t from = 0; tokens > 1 && from < whole; from += MANY_PIECE) {
+        const int64_t columns = whole - from < MANY_PIECE ? whole - from : MANY_PIECE;
+        fetch(w, expert, rows, ROWS, from, columns, f->unit, &p);
+        for (int r = 0; r < ROWS; r++) f->expand(w, &p, r, 0, columns / BLOCK, weights + r * MANY_PIECE);
+        tile(weights, MANY_PIECE, x, from, columns, acc, tokens);
     }
     if (rest) {
         const float *tail[TOKENS];
         for (int64_t t = 0; t < tokens; t++) tail[t] = tails[t];
-        for (int r = 0; r < ROWS; r++) {
-            fetch(w, expert, rows[r], whole, rest, f->unit, p);
-            expand_tail(w, f, p, 0, rest, weights + r * BLOCK);
-        }
+        fetch(w, expert, rows, ROWS, whole, rest, f->unit, &p);
+        for (int r = 0; r < ROWS; r++) expand_tail(w, f, &p, r, 0, rest, weights + r * BLOCK);
         tile(weights, BLOCK, tail, 0, BLOCK, acc, tokens);
     }
-    for (int r = 0; r < ROWS; r++)
-        for (int64_t t = 0; t < tokens; t++) sums[r][t] = total(acc[r][t]);
+    for (int64_t t = 0; t < tokens; t++) add_totals(acc[0][t], acc[1][t], acc[2][t], acc[3][t], sums[t]);
 }
 
 /* ---- what a thread does --------------------------------------------------------------------------------------- */
 
-static void finish(const anybit_job *job, int64_t expert, int64_t row, int64_t pair, float sum) {
+static float row_factor(const anybit_weight *w, int64_t expert, int64_t row) {
+    const anybit_array *a = &w->factor;
+    return one_number(a->format, (const uint8_t *)a->data + expert * a->expert_stride + row / a->row_block * a->row_stride);
+}
+
+/* The factor of a row, its bias, and the store. */
+INLINE void finish(const anybit_job *job, int64_t expert, int64_t row, int64_t pair, float sum) {
     const anybit_weight *w = job->w;
-    if (w->factor.data) {
-        float factor[16];
-        units_of(&w->factor, expert, row, 0, BLOCK, BLOCK, factor);
-        sum *= factor[0];
-    }
+    if (w->factor.data) sum *= row_factor(w, expert, row);
     if (job->bias) {
         const int64_t at = expert * w->rows + row;
         sum += one_number(job->bias_format, (const uint8_t *)job->bias + at * format_bytes[job->bias_format]);
@@ -462,12 +491,12 @@ static void linear(void *shared) {
                 memcpy(tails[t], x[t] + whole, (size_t)rest * sizeof(float));
             }
             for (int64_t row = from; row < to; row += ROWS) {
-                float sums[ROWS][TOKENS];
+                float sums[TOKENS][ROWS];
                 int64_t rows[ROWS]; /* beyond the last row: that row again, not used */
                 for (int r = 0; r < ROWS; r++) rows[r] = row + r < to ? row + r : to - 1;
                 products(w, &f, run->expert, rows, x, (const float(*)[BLOCK])tails, tokens, sums);
                 for (int64_t r = 0; r < ROWS && row + r < to; r++)
-                    for (int64_t t = 0; t < tokens; t++) finish(job, run->expert, row + r, first + t, sums[r][t]);
+                    for (int64_t t = 0; t < tokens; t++) finish(job, run->expert, row + r, first + t, sums[t][r]);
             }
         }
     }
@@ -476,17 +505,17 @@ static void linear(void *shared) {
 static void decode_row(const anybit_job *job, const instance *f, int64_t index, int64_t at) {
     const anybit_weight *w = job->w;
     const int64_t expert = index / w->rows, row = index % w->rows;
-    float buffer[PIECE], factor[16];
-    piece p;
-    if (w->factor.data) units_of(&w->factor, expert, row, 0, BLOCK, BLOCK, factor);
+    const float factor = w->factor.data ? row_factor(w, expert, row) : 1.0f;
+    float buffer[PIECE];
+    pieces p;
     for (int64_t from = 0; from < w->cols; from += PIECE) {
         const int64_t columns = w->cols - from < PIECE ? w->cols - from : PIECE, blocks = columns / BLOCK;
         const int64_t rest = columns % BLOCK;
-        fetch(w, expert, row, from, columns, f->unit, &p);
-        f->expand(w, &p, 0, blocks, buffer);
-        if (rest) expand_tail(w, f, &p, blocks, rest, buffer + blocks * BLOCK);
+        fetch(w, expert, &row, 1, from, columns, f->unit, &p);
+        f->expand(w, &p, 0, 0, blocks, buffer);
+        if (rest) expand_tail(w, f, &p, 0, blocks, rest, buffer + blocks * BLOCK);
         if (w->factor.data)
-            for (int64_t k = 0; k < columns; k++) buffer[k] *= factor[0];
+            for (int64_t k = 0; k < columns; k++) buffer[k] *= factor;
         if (job->y_format == ANYBIT_F32) {
             memcpy((float *)job->y + at * job->ldy + from, buffer, (size_t)columns * sizeof(float));
             continue;

@@ -25,8 +25,8 @@ from anybit.kernels.native.support import (
     Code,
     code,
     plane_bits,
-    stored_format,
     reasons_against,
+    stored_format,
 )
 from anybit.numerics.packing import PackedCodes
 from anybit.schemes import Offset, ScaleLevel, Scheme
@@ -43,7 +43,8 @@ _FORMATS: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enu
 class Planes:
     """One weight [N, K], or stacked experts [E, N, K], ready for the kernel; with its bias [N] or [E, N].
 
-    nbytes  bytes held, all planes, scales, offsets and the bias
+    nbytes   bytes held, all planes, scales, offsets and the bias
+    buffers  the tensors whose addresses the kernel has; they must stay where they are
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Planes:
         self.scheme, self.shape = scheme, shape
         self.rows, self.cols = shape[-2:]
         self.bias = bias
-        self._tensors: list[Tensor] = []
+        self.buffers: list[Tensor] = []
         self._struct = struct = WeightStruct(
             abi=ABI, size=ctypes.sizeof(WeightStruct), experts=shape[0] if len(shape) == 3 else 1, rows=self.rows,
             cols=self.cols, kind=element.kind, bits=element.bits, bias=element.bias, is_signed=element.is_signed,
@@ -84,7 +85,7 @@ class Planes:
         self._point_at_offset(offset, offset_scales)
         if native.check(struct) != 0:
             raise ValueError(f"the compiled CPU kernel refuses {scheme} of shape {shape}")
-        held = [*self._tensors, *([bias.contiguous()] if bias is not None else [])]
+        held = [*self.buffers, *([bias.contiguous()] if bias is not None else [])]
         self.buffers = held  # what a host registers; the struct holds their addresses
         self.nbytes = sum(t.nbytes for t in held)
         if bias is not None:
@@ -101,7 +102,7 @@ class Planes:
             assert plane.shape[:-1] == self.shape[:-1] and plane.device.type == "cpu"
             assert element.kind == FLOAT or plane.shape[-1] == -(-self.cols // RUN) * 4 * width
             plane = plane if plane.stride(-1) == 1 or plane.shape[-1] <= 1 else plane.contiguous()
-            self._tensors.append(plane)
+            self.buffers.append(plane)
             self._struct.plane[i] = plane.data_ptr()
             self._struct.plane_row_stride[i] = plane.stride(-2) * plane.element_size()
             if plane.dim() == 3:
@@ -147,7 +148,7 @@ class Planes:
         count = values.numel() * values.element_size()
         buffer = torch.zeros(count + _SLACK, dtype=torch.uint8)
         buffer[:count].view(values.dtype).copy_(values.flatten())
-        self._tensors.append(buffer)
+        self.buffers.append(buffer)
         row_bytes = values.shape[-1] * values.element_size()
         return ArrayStruct(
             data=buffer.data_ptr(), format=stored, row_stride=row_bytes if values.shape[-2] > 1 else 0,

@@ -1,13 +1,13 @@
 """What the compiled CPU kernel can run, and its parameters for each format; no torch here.
 
-The kernel knows containers, not dialects: a code becomes a value by a table (up to 4 bits), as an integer, or as a small
-float that is moved into a float16. Which parameters make which format stands here.
+The kernel knows containers, not dialects: a code becomes a value by a table (up to 4 bits), as an integer, or as a
+small float that is moved into a float16. Which parameters make which format stands here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from anybit.numerics.formats import NumberFormat, number_format
 from anybit.schemes import Block, Offset, Placement, ScaleLevel, Scheme
@@ -39,11 +39,12 @@ _HALF_BIAS: Final = 15
 class Code:
     """How the kernel reads one element format (the fields of anybit_weight and anybit_minifloat).
 
+    kind    TABLE, INTEGER, MINIFLOAT or FLOAT
     flip    exclusive-or of each code when planes are made: two's complement to offset binary
     values  the table, repeated to 16
     """
 
-    kind: Literal[0, 1, 2, 3]
+    kind: int
     bits: int
     is_signed: bool = False
     bias: int = 0

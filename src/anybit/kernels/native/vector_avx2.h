@@ -15,10 +15,12 @@ INLINE vec sub(vec a, vec b) { return _mm256_sub_ps(a, b); }
 INLINE vec mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
 INLINE vec divide(vec a, vec b) { return _mm256_div_ps(a, b); }
 INLINE vec fused(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE float total(vec v) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+INLINE void add_totals(vec a, vec b, vec c, vec d, float *sums) { /* the sums over the lanes of four vectors at once */
+    vec ab = add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    vec cd = add(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    vec all = add(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), four));
 }
 INLINE vec load_half(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 INLINE void store_half(uint16_t *p, vec v) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v, 0)); }
@@ -26,6 +28,25 @@ INLINE vec through_half(vec v) { return _mm256_cvtph_ps(_mm256_cvtps_ph(v, 0)); 
 
 INLINE vec load_bfloat(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+
+INLINE __m256i eight_bytes(const uint8_t *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
+INLINE vec load_unsigned(const uint8_t *p) { return _mm256_cvtepi32_ps(eight_bytes(p)); }
+INLINE vec load_signed(const uint8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+INLINE vec load_fields(const uint8_t *p, const int left, const int right, const uint32_t mask) {
+    __m256i moved = _mm256_srai_epi32(_mm256_slli_epi32(eight_bytes(p), left), right);
+    return _mm256_castsi256_ps(_mm256_and_si256(moved, _mm256_set1_epi32((int)mask)));
+}
+INLINE vec repeated(const float *p, const int shift) { /* each number 2^shift times */
+    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_permutevar8x32_ps(load(p), _mm256_srli_epi32(lane, shift));
+}
+INLINE vec maximum(vec a, vec b) { return _mm256_max_ps(a, b); }
+INLINE vec nan_from(vec v, float limit) { /* NaN where |v| >= limit */
+    vec magnitude = _mm256_andnot_ps(splat(-0.0f), v);
+    return _mm256_blendv_ps(v, splat(NAN), _mm256_cmp_ps(magnitude, splat(limit), _CMP_GE_OQ));
 }
 
 INLINE vec through_bfloat(vec v) {
@@ -65,8 +86,6 @@ INLINE __m256i one_bit(const uint8_t *run, int i, int place) {
     __m256i bit = _mm256_and_si256(_mm256_srlv_epi32(splat32(run), counting(1, 8 * i)), _mm256_set1_epi32(1));
     return _mm256_slli_epi32(bit, place);
 }
-
-INLINE __m256i eight_bytes(const uint8_t *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
 
 INLINE void table_block(const int bits, const uint8_t *const plane[3], int64_t b, table low, table high, vec out[4]) {
     for (int i = 0; i < 4; i++) {

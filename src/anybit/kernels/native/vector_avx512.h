@@ -15,13 +15,38 @@ INLINE vec sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
 INLINE vec mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
 INLINE vec divide(vec a, vec b) { return _mm512_div_ps(a, b); }
 INLINE vec fused(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE float total(vec v) { return _mm512_reduce_add_ps(v); }
+INLINE void add_totals(vec a, vec b, vec c, vec d, float *sums) { /* the sums over the lanes of four vectors at once */
+    vec ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    vec cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    vec all = add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), four));
+}
 INLINE vec load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE void store_half(uint16_t *p, vec v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, 0)); }
 INLINE vec through_half(vec v) { return _mm512_cvtph_ps(_mm512_cvtps_ph(v, 0)); }
 
 INLINE vec load_bfloat(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+
+INLINE __m512i sixteen_bytes(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+INLINE vec load_unsigned(const uint8_t *p) { return _mm512_cvtepi32_ps(sixteen_bytes(p)); }
+INLINE vec load_signed(const uint8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+INLINE vec load_fields(const uint8_t *p, const int left, const int right, const uint32_t mask) {
+    __m512i moved = _mm512_srai_epi32(_mm512_slli_epi32(sixteen_bytes(p), left), right);
+    return _mm512_castsi512_ps(_mm512_and_si512(moved, _mm512_set1_epi32((int)mask)));
+}
+INLINE vec repeated(const float *p, const int shift) { /* each number 2^shift times */
+    __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(lane, shift), load(p));
+}
+INLINE vec maximum(vec a, vec b) { return _mm512_max_ps(a, b); }
+INLINE vec nan_from(vec v, float limit) { /* NaN where |v| >= limit */
+    return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(_mm512_abs_ps(v), splat(limit), _CMP_GE_OQ), splat(NAN));
 }
 
 INLINE vec through_bfloat(vec v) { /* not VCVTNEPS2BF16: that one flushes subnormals */
@@ -62,7 +87,7 @@ INLINE __m512i counting(int step) {
 INLINE void table_block(const int bits, const uint8_t *const plane[3], int64_t b, table low, table high, vec out[2]) {
     __m512i c0, c1;
     if (bits == 4) {
-        c0 = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(plane[0] + 16 * b)));
+        c0 = sixteen_bytes(plane[0] + 16 * b);
         c1 = _mm512_srli_epi32(c0, 4);
     } else if (bits == 1) {
         __m512i word = splat32(plane[0] + 4 * b);
@@ -92,7 +117,7 @@ INLINE void integers(const int bits, const int is_signed, const uint8_t *const p
         }
         return;
     }
-    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(plane[0] + 16 * b)));
+    __m512i bytes = sixteen_bytes(plane[0] + 16 * b);
     c[0] = _mm512_and_si512(bytes, _mm512_set1_epi32(15));
     c[1] = _mm512_srli_epi32(bytes, 4);
     if (bits >= 6) /* code i's two bits rotate from 2 i to 4 */

@@ -19,6 +19,12 @@ INLINE vec mul(vec a, vec b) { return a * b; }
 INLINE vec divide(vec a, vec b) { return a / b; }
 INLINE vec fused(vec a, vec b, vec c) { return a * b + c; }
 INLINE float total(vec v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
+INLINE void add_totals(vec a, vec b, vec c, vec d, float *sums) { /* the sums over the lanes of four vectors */
+    sums[0] += total(a);
+    sums[1] += total(b);
+    sums[2] += total(c);
+    sums[3] += total(d);
+}
 
 INLINE vec load_half(const uint16_t *p) {
     vec v;
@@ -39,6 +45,35 @@ INLINE vec load_bfloat(const uint16_t *p) {
 }
 INLINE vec through_bfloat(vec v) {
     for (int i = 0; i < WIDTH; i++) v[i] = bfloat_to_float(float_to_bfloat(v[i]));
+    return v;
+}
+
+INLINE vec load_unsigned(const uint8_t *p) {
+    vec v;
+    for (int i = 0; i < WIDTH; i++) v[i] = (float)p[i];
+    return v;
+}
+INLINE vec load_signed(const uint8_t *p) {
+    vec v;
+    for (int i = 0; i < WIDTH; i++) v[i] = (float)(int8_t)p[i];
+    return v;
+}
+INLINE vec load_fields(const uint8_t *p, const int left, const int right, const uint32_t mask) {
+    vec v;
+    for (int i = 0; i < WIDTH; i++) v[i] = float_of_bits((uint32_t)((int32_t)((uint32_t)p[i] << left) >> right) & mask);
+    return v;
+}
+INLINE vec repeated(const float *p, const int shift) { /* each number 2^shift times */
+    vec v;
+    for (int i = 0; i < WIDTH; i++) v[i] = p[i >> shift];
+    return v;
+}
+INLINE vec maximum(vec a, vec b) {
+    for (int i = 0; i < WIDTH; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
+    return a;
+}
+INLINE vec nan_from(vec v, float limit) { /* NaN where |v| >= limit */
+    for (int i = 0; i < WIDTH; i++) v[i] = v[i] >= limit || v[i] <= -limit ? NAN : v[i];
     return v;
 }
 

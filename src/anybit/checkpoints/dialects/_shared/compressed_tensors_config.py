@@ -1,7 +1,8 @@
 """The quantization_config of compressed-tensors, checked: groups, args and presets.
 
-Torch-free and without tensors: what the config says. What is true of a module its tensors say (`compressed_tensors.py`).
-Rules and versions: docs/formats/compressed_tensors.md §1, §3, §6, §11; which module a group means: `compressed_tensors_targets.py`.
+Torch-free and without tensors: what the config says. What is true of a module its tensors say
+(`compressed_tensors_headers.py`); which modules a group means is `compressed_tensors_targets.py`.
+Rules and versions: docs/formats/compressed_tensors.md §1, §3, §6, §11.
 """
 
 from __future__ import annotations

@@ -99,6 +99,8 @@ class Module:
             notes.append(f"config.json says format {named}; the tensors decide")
         if self.config.status not in ("", "compressed"):
             notes.append(f"config.json says quantization_status {self.config.status}; the tensors decide")
+        if self.weights.symmetric and self.tensor("weight_zero_point") is not None:
+            notes.append("config.json says symmetric, zero points are stored; the tensors decide")
         inputs = self.group.inputs
         if inputs is not None and (inputs.strategy, inputs.dynamic) == ("tensor", "dynamic"):
             notes.append("dynamic per-tensor activations run per token, as vLLM does")
@@ -186,7 +188,7 @@ def _read_words(module: Module) -> _Weight:
 
 def _int_weight(
     module: Module, shape: tuple[int, int], level: ScaleLevel, offset: Offset | None, act_order: bool,
-    leaves: list[str], storage: dict[str, object],
+    leaves: list[str], storage: Mapping[str, object],
 ) -> _Weight:
     if act_order:
         level = replace(level, placement="gathered")
@@ -274,29 +276,27 @@ def _read_weight_shape(info: TensorInfo) -> tuple[int, int]:
 
 
 def _fitting(module: Module) -> tuple[str, ...]:
-    """Packings that the widths of a module's codes and zero points allow."""
+    """Packings that the width of a module's codes allows, narrowed by the height of its zero points."""
     packed = module.need("weight_packed")
     rows, words = _matrix(packed)
     bits, columns = module.weights.bits, _columns_of_words(module)
-    zero_points = module.tensor("weight_zero_point")
-    fits = []
-    for packing in ("dense", "padded") if bits in _ODD_BITS else ("dense",):
-        zero_words = _words(rows, bits, packing)
-        zero_fits = zero_points is None or zero_points.dtype != "I32" or zero_points.shape[:1] == (zero_words,)
-        if words == _words(columns, bits, packing) and zero_fits:
-            fits.append(packing)
+    packings = ("dense", "padded") if bits in _ODD_BITS else ("dense",)
+    fits = tuple(p for p in packings if _words(columns, bits, p) == words)
     if not fits:
-        wanted = {_words(columns, bits, packing) for packing in ("dense", "padded")}
+        wanted = sorted({_words(columns, bits, p) for p in packings})
         raise Inconsistent(
             "the packed width fits no packing", where=packed.name, found=f"{words} words a row",
-            wanted=f"{' or '.join(str(w) for w in sorted(wanted))} for K {columns} of int{bits}",
+            wanted=f"{' or '.join(str(w) for w in wanted)} for K {columns} of int{bits}",
             remedy="use the config.json that was written with these weights",
         )
-    return tuple(fits)
+    zero_points = module.tensor("weight_zero_point")
+    if zero_points is not None and len(fits) > 1:
+        fits = tuple(p for p in fits if zero_points.shape[:1] == (_words(rows, bits, p),)) or fits
+    return fits
 
 
 def choose_packings(modules: dict[str, Module], config: Config) -> dict[str, Module]:
-    """Settle dense or padded for each module; small ragged K fit both: then the file's other modules, else its version."""
+    """Settle dense or padded for each module: both fit a small ragged K, then the file's others or its version tell."""
     fits = {name: _fitting(module) for name, module in modules.items() if module.kind() == "words"}
     shown = {fit[0] for name, fit in fits.items() if len(fit) == 1 and modules[name].weights.bits in _ODD_BITS}
     usual = shown.pop() if len(shown) == 1 else "dense" if config.version >= (0, 18) else "padded"

@@ -1,8 +1,8 @@
 """Values out of a parsed config, each with the type and range that its key demands; torch-free.
 
-A config comes from strangers: a key may be absent, null, of another type, or a bool where an int belongs. Every function
-takes the object, the key and the place of the object ("config.json: quantization_config"), and raises Damaged with what
-was found and wanted.
+A config comes from strangers: a key may be absent, null, of another type, or a bool where an int belongs. Every
+function takes the object, the key and the place of the object ("config.json: quantization_config"), and raises Damaged
+with what was found and wanted.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def integer(holder: JSON, key: str, where: str, *, least: int, most: int = 2**31
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise Damaged(f"{key} has no sound value", where=where, found=_shown(value), wanted=f"an integer, {least} … {most}",
-                      remedy=_REMEDY)
+        raise Damaged(f"{key} has no sound value", where=where, found=_shown(value),
+                      wanted=f"an integer, {least} … {most}", remedy=_REMEDY)
     return value
 
 

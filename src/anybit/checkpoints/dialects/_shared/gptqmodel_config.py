@@ -69,6 +69,12 @@ class Config:
         provider = self.raw.get("provider")
         return provider == "auto-round" or "autoround_version" in self.raw
 
+    @property
+    def has_static_groups(self) -> bool:
+        """True if groups were fixed before columns were sorted (AutoGPTQ's key, gptqmodel's under meta)."""
+        meta = self.raw.get("meta")
+        return any(isinstance(h, dict) and h.get("static_groups") is True for h in (self.raw, meta))
+
     def _quantizer(self) -> str:
         meta = self.raw.get("meta")
         quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
@@ -150,6 +156,16 @@ def refuse_run_time_parts(contents: Contents, config: Config) -> None:
     if lora:
         raise Unsupported("weights that need an adapter at run time", where=lora[0], found="an adapter's tensors",
                           wanted="none", remedy=remedies["adapter"], more=lora[1:])
+
+
+def refuse_incomplete(contents: Contents, leaf: str, *others: str) -> None:
+    """Refuse modules that have `leaf` but not all of the others, naming every one."""
+    codes = [name.removesuffix(leaf) for name in contents.tensors if name.endswith(f".{leaf}")]
+    missing = [f"{stem}{other}" for stem in codes for other in others if f"{stem}{other}" not in contents.tensors]
+    if missing:
+        raise Inconsistent("a tensor of a quantized layer is missing", where=missing[0], found=f"{leaf} without it",
+                           wanted=" · ".join((leaf, *others)), remedy="the checkpoint is incomplete: download it again",
+                           more=missing[1:])
 
 
 def _settings(raw: Mapping[str, Any], where: str, base: Settings) -> Settings:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from anybit.checkpoints.checks import refuse_bad_scales
 from anybit.errors import Damaged
+from anybit.numerics.packing import unpack_fields
 from anybit.weights import scale_values
 
 _REMEDY = "the file is damaged: download it again, or get it from its writer"
@@ -18,12 +19,11 @@ _REMEDY = "the file is damaged: download it again, or get it from its writer"
 def fp8_codes(stored: Tensor, where: str) -> Tensor:
     """Bytes of an e4m3fn weight, uint8 of the same shape; refuses the NaN codes 7F and FF, which no writer stores."""
     codes = stored.view(torch.uint8)
-    # int8 view: the two NaN codes are 127 and -1, and no temporary of the weight's size but the masks is needed
     bad = (codes == 0x7F) | (codes == 0xFF)
     if bool(bad.any()):
         first = int(bad.flatten().byte().argmax())
-        raise Damaged("NaN codes in an fp8 weight", where=where, found=f"{int(bad.sum())}, the first at element {first}",
-                      wanted="none", remedy=_REMEDY)
+        raise Damaged("NaN codes in an fp8 weight", where=where,
+                      found=f"{int(bad.sum())}, the first at element {first}", wanted="none", remedy=_REMEDY)
     return codes
 
 
@@ -40,13 +40,22 @@ def int_codes(stored: Tensor, bits: int, where: str) -> Tensor:
     return stored
 
 
+def padded_codes(words: Tensor, bits: int, count: int) -> Tensor:
+    """Signed codes [.., count] int8 of offset-binary fields that do not cross int32 words."""
+    codes: Tensor = unpack_fields(words, bits, count).view(torch.int8) - 2 ** (bits - 1)
+    return codes
+
+
 def scales(stored: Tensor, format: str, where: str, *, allow_zero: bool = True, allow_negative: bool = False) -> Tensor:
     """Stored scales as canonical scales: wide floats as they are, e4m3 and e8m0 as uint8; refuses NaN and Inf.
 
-    e8m0 byte 255 is its NaN; a sign bit in an e4m3 scale is refused unless `allow_negative`.
+    e8m0 byte 255 is its NaN; a sign bit in an e4m3 scale, on -0 too, is refused unless `allow_negative`.
     """
     if stored.element_size() == 1:
         stored = stored.view(torch.uint8)
+    if format == "fp8_e4m3fn" and not allow_negative and bool((stored & 0x80).any()):
+        raise Damaged("a sign bit in unsigned scales", where=where, found=f"{int((stored >= 0x80).sum())} scales",
+                      wanted="unsigned e4m3", remedy=_REMEDY)
     refuse_bad_scales(scale_values(format, stored), where, allow_zero=allow_zero, allow_negative=allow_negative)
     return stored
 

@@ -1,0 +1,114 @@
+"""Checkpoints: containers, folders, dialects, and the one door that opens them all.
+
+`open` proves headers, finds the dialect and declares the layers; no tensor is read and torch is not imported.
+"""
+
+from __future__ import annotations
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Final
+
+from anybit.checkpoints import gguf, safetensors
+from anybit.checkpoints.checkpoint import Checkpoint
+from anybit.checkpoints.contents import DTYPES, Contents
+from anybit.checkpoints.dialects import DIALECTS, Dialect, dialect
+from anybit.checkpoints.folder import read_folder
+from anybit.checkpoints.names import Remark, find
+from anybit.errors import Inconsistent, Unsupported
+
+__all__ = ["Checkpoint", "open"]
+
+# endings of tensor names that only quantized layers have
+_QUANTIZED_ENDINGS: Final = (
+    ".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".absmax",
+    ".quant_map", ".SCB", ".W_q", "_blocks", ".weight_zero_point", ".scaled_zeros",
+)
+_CODE_DTYPES: Final = ("U8", "I8", "I32", "I16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3",
+                       "F6_E3M2")
+
+
+def open(name: str | os.PathLike[str], remark: Remark | None = None) -> Checkpoint:
+    """The checkpoint called `name`: "smollm2", a folder, a .gguf file, or a hub id.
+
+    `remark` is told what takes time (a download). Raises AnybitErrors.
+    """
+    path = find(name, remark)
+    if path.is_file():
+        return _open_file(path)
+    ggufs = sorted(path.glob("*.gguf"))
+    tensors = any(path.glob("*.safetensors"))
+    if ggufs and tensors:
+        raise Inconsistent("safetensors and GGUF in one folder", where=str(path),
+                           found=", ".join(p.name for p in ggufs[:8]), wanted="one model",
+                           remedy=f"name the file: {ggufs[0]}")
+    if ggufs:
+        return _open_file(_only_model(path, ggufs))
+    contents = read_folder(path)
+    chosen, notes = _dialect_of(contents)
+    return Checkpoint(contents, chosen, safetensors.read_tensor, (*notes, *_code_note(path)))
+
+
+def _open_file(path: Path) -> Checkpoint:
+    if path.suffix == ".safetensors":
+        raise Inconsistent("a single safetensors file has no config", where=str(path), wanted="its folder",
+                           remedy=f"anybit inspect {path.parent}")
+    contents = gguf.read_contents(path)
+    return Checkpoint(contents, dialect("gguf"), gguf.read_tensor)
+
+
+def _only_model(folder: Path, files: list[Path]) -> Path:
+    """The one GGUF model of a folder: a single file, or a split set's first part."""
+    models = [f for f in files if not f.name.startswith(("mmproj", "imatrix"))]
+    firsts = [f for f in models if "-of-" not in f.stem or f.stem.rsplit("-of-", 1)[0].endswith("-00001")]
+    if len(firsts) == 1:
+        return firsts[0]
+    if not firsts and models:
+        return models[0]  # the container says which parts are missing
+    raise Inconsistent("several GGUF models in one folder", where=str(folder),
+                       found=", ".join(f.name for f in firsts[:8]) or "none", wanted="one",
+                       remedy=f"name the file: {firsts[0]}" if firsts else "give a path to a .gguf file")
+
+
+def _dialect_of(contents: Contents) -> tuple[Dialect, tuple[str, ...]]:
+    method = contents.quantization.get("quant_method")
+    candidates = [dialect(name) for name in DIALECTS if name != "plain"]
+    found = next((d for d in candidates if d.recognizes(contents)), None)
+    if found is not None:
+        return found, ()
+    if method is not None:
+        known = sorted(DIALECTS)
+        near = get_close_matches(str(method), known, n=2)
+        raise Unsupported(f"unknown quant_method {str(method)[:80]!r}", where="config.json", found=str(method)[:80],
+                          wanted="one of: " + ", ".join(known),
+                          remedy=f"perhaps {' or '.join(near)}" if near else "a newer anybit may read it")
+    signs = _quantized_signs(contents)
+    if not signs:
+        return dialect("plain"), ()
+    raise _undeclared(contents, signs)
+
+
+def _quantized_signs(contents: Contents) -> list[str]:
+    """Tensors that only a quantized checkpoint holds."""
+    signs = [name for name in contents.tensors if name.endswith(_QUANTIZED_ENDINGS)]
+    signs += [i.name for i in contents.tensors.values() if i.dtype in _CODE_DTYPES and len(i.shape) >= 2]
+    return signs
+
+
+def _undeclared(contents: Contents, signs: list[str]) -> Inconsistent:
+    return Inconsistent(
+        "quantized tensors without a quantization_config", where=signs[0],
+        found=f"{len(signs)} such tensors, {contents.tensors[signs[0]].dtype} {list(contents.tensors[signs[0]].shape)}",
+        wanted="config.json with quantization_config, or the tool's own config file beside it",
+        remedy="copy the config that the quantizing tool wrote; packed codes are never taken for weights",
+        more=signs[1:],
+    )
+
+
+def _code_note(folder: Path) -> tuple[str, ...]:
+    code = sorted(p.name for p in folder.glob("*.py"))
+    return (f"contains code, not run: {', '.join(code[:8])}",) if code else ()
+
+
+assert set(_CODE_DTYPES) <= set(DTYPES)

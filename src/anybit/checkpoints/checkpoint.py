@@ -1,0 +1,114 @@
+"""An open checkpoint: layers from headers, canonical weights on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from anybit.checkpoints.contents import Contents
+from anybit.checkpoints.dialects import Dialect
+from anybit.errors import AnybitError, Inconsistent
+from anybit.schemes import KVCacheSpec, Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from anybit.checkpoints.contents import TensorInfo
+    from anybit.weights import Dense, QuantizedWeight
+
+
+class Reader(Protocol):
+    """Reads one tensor of a container."""
+
+    def __call__(self, info: TensorInfo, /) -> Tensor:
+        """The tensor."""
+
+
+class Checkpoint:
+    """What `anybit.open` gives.
+
+    path      the folder, or the (first) .gguf file
+    dialect   name of the dialect that recognised it
+    layers    module name -> Layer, from headers alone
+    config    the model's config.json (for GGUF: made from the metadata)
+    plain     name for the host -> stored name, of tensors that belong to no layer
+    notes     remarks for a reader of `inspect`
+    """
+
+    def __init__(self, contents: Contents, dialect: Dialect, read_tensor: Reader, notes: tuple[str, ...] = ()) -> None:
+        """Declare all layers; no tensor is read."""
+        self.contents = contents
+        self.path: Path = contents.path
+        self.config: dict[str, Any] = contents.config
+        self.dialect: str = dialect.NAME
+        self.layers: Mapping[str, Layer] = MappingProxyType(dialect.declare(contents))
+        self.notes = notes
+        self._dialect = dialect
+        self._read_tensor = read_tensor
+        self.plain: Mapping[str, str] = MappingProxyType(self._plain())
+
+    def _plain(self) -> dict[str, str]:
+        named = getattr(self._dialect, "plain", None)
+        if callable(named):
+            found: dict[str, str] = named(self.contents)
+            return found
+        used = {tensor for layer in self.layers.values() for tensor in layer.tensors.values()}
+        return {name: name for name in self.contents.tensors if name not in used}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold its tensors."""
+        return tuple(sorted({info.file for info in self.contents.tensors.values()}))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.contents.tensors.values())
+
+    @property
+    def plain_elements(self) -> int:
+        """Number of elements in tensors that belong to no layer."""
+        return sum(self.contents.tensors[stored].elements for stored in self.plain.values())
+
+    @property
+    def kv_cache(self) -> KVCacheSpec | None:
+        """The quantized key-value cache that the checkpoint declares, if any."""
+        declared = getattr(self._dialect, "kv_cache", None)
+        found: KVCacheSpec | None = declared(self.contents) if declared is not None else None
+        return found
+
+    def read(self, name: str) -> QuantizedWeight | Dense:
+        """The canonical weight of the layer called `name`; its `.dequantize()` is the genuine tool's value, bit for bit.
+
+        Raises Inconsistent for a name that is no layer, and what the dialect finds wrong with the tensors.
+        """
+        layer = self.layers.get(name)
+        if layer is None:
+            near = get_close_matches(name, self.layers, n=3)
+            raise Inconsistent("no layer is called so", where=name, found=f"{len(self.layers)} layers",
+                               wanted="a name of checkpoint.layers",
+                               remedy="perhaps " + " or ".join(near) if near else "`anybit inspect` lists them")
+        tensors = {role: self._read_tensor(self.contents.tensors[t]) for role, t in layer.tensors.items()}
+        try:
+            return self._dialect.canonicalize(layer, tensors)
+        except AnybitError as error:
+            error.where = error.where or name
+            raise
+
+    def read_plain(self, name: str) -> Tensor:
+        """The tensor of `plain` called so by the host."""
+        return self._read_tensor(self.contents.tensors[self.plain[name]])
+
+    def demand_loadable(self) -> None:
+        """Raise if running the model would need code or classes from the checkpoint."""
+        from anybit.checkpoints.folder import demand_no_code
+
+        demand_no_code(self.config)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, dialect={self.dialect!r}, layers={len(self.layers)})"
+
+

@@ -1,0 +1,232 @@
+"""safetensors: eight bytes of length, a JSON header, the tensors' bytes.
+
+The header is proven before anything is sized from it: length against the file, JSON strictly, names, dtypes, shapes,
+spans against dtype x shape and against each other; holes and overlaps are refused. Tensor bytes come by pread into a
+buffer of the proven size: no mapping of foreign files (a file that shrinks would kill the process).
+Torch is imported when a tensor is read.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from anybit import limits
+from anybit.checkpoints.contents import DTYPES, TensorInfo
+from anybit.checkpoints.jsonfile import parse_json, refuse_lfs_pointer
+from anybit.errors import AnybitError, Damaged, LimitExceeded, Unsupported
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_AGAIN: Final = "download the file again"
+# first bytes of what is sometimes found under a .safetensors name
+_OTHERS: Final = (
+    (b"PK\x03\x04", "a ZIP archive (a PyTorch pickle file?)"),
+    (b"\x80\x02", "a pickle"),
+    (b"\x80\x03", "a pickle"),
+    (b"\x80\x04", "a pickle"),
+    (b"\x80\x05", "a pickle"),
+    (b"GGUF", "a GGUF file"),
+    (b"<!DO", "an HTML page"),
+    (b"<!do", "an HTML page"),
+    (b"<htm", "an HTML page"),
+)
+_PIECE: Final = 1 << 30  # bytes of one read call: the kernel returns at most 2 GiB
+
+
+@dataclass(frozen=True)
+class Header:
+    """A proven header."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """The header of a file. Raises Damaged, LimitExceeded, Unsupported; costs the header's size, nothing more."""
+    name = path.name
+    descriptor = open_regular(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        raw, start = _header_bytes(descriptor, size, name)
+    finally:
+        os.close(descriptor)
+    stripped = raw.strip(b" \t\r\n")
+    if b"\0" in stripped[-1:] or (stripped and stripped[-1:] != b"}"):
+        raise Damaged("bytes after the header's object", where=name, found=repr(stripped[-8:]), remedy=_AGAIN)
+    try:
+        header = parse_json(raw, name)
+    except AnybitError as error:
+        error.where = f"{name} header"
+        raise
+    metadata = _metadata(header.pop("__metadata__", None), name)
+    if len(header) > limits.MAX_TENSORS_PER_FILE:
+        raise LimitExceeded(
+            "too many tensors", where=name, found=f"{len(header):,}",
+            wanted=f"at most {limits.MAX_TENSORS_PER_FILE:,} (MAX_TENSORS_PER_FILE)",
+        )
+    tensors = {key: _tensor(key, entry, path, start) for key, entry in header.items()}
+    _prove_spans(tensors, start, size, name)
+    return Header(tensors, metadata)
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file, opened without ever blocking. Raises Damaged with the reason in words."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise Damaged("cannot be opened", where=path.name, found=error.strerror or str(error)) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Damaged("not a regular file", where=path.name, wanted="a file")
+    return descriptor
+
+
+def _header_bytes(descriptor: int, size: int, name: str) -> tuple[bytes, int]:
+    first = os.pread(descriptor, 512, 0)
+    refuse_lfs_pointer(first, name)
+    for magic, what in _OTHERS:
+        if first.startswith(magic):
+            raise Damaged(f"this is {what}", where=name, found=repr(first[:4]), wanted="a safetensors file")
+    if size < 8:
+        raise Damaged("needs 8 bytes for the header's length", where=name, found=f"{size} bytes", remedy=_AGAIN)
+    length = int.from_bytes(first[:8], "little")
+    if length == 0:
+        raise Damaged("header is empty", where=name, found="length 0", wanted="a JSON object")
+    if 8 + length > size:
+        looks_text = all(32 <= c < 127 or c in b"\r\n\t" for c in first[:8])
+        raise Damaged(
+            "this is a text file" if looks_text else "header runs past the end of the file",
+            where=name, found=f"length {length:,} in a file of {size:,} bytes", wanted=f"at most {size - 8:,}",
+            remedy=_AGAIN,
+        )
+    if length > limits.MAX_SAFETENSORS_HEADER:
+        raise LimitExceeded(
+            "header is too large", where=name, found=f"{length:,} bytes",
+            wanted=f"at most {limits.MAX_SAFETENSORS_HEADER:,} (MAX_SAFETENSORS_HEADER)",
+        )
+    raw = os.pread(descriptor, length, 8)
+    if len(raw) != length:
+        raise Damaged("changed while being read", where=name, found=f"{len(raw):,} bytes", wanted=f"{length:,}")
+    return raw, 8 + length
+
+
+def _metadata(found: Any, name: str) -> dict[str, str]:
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise Damaged("__metadata__ is not a map of strings", where=name, found=type(found).__name__)
+    if len(found) > limits.MAX_METADATA_ENTRIES or any(len(v) > limits.MAX_METADATA_VALUE for v in found.values()):
+        raise LimitExceeded("__metadata__ is too large", where=name, wanted="MAX_METADATA_ENTRIES, MAX_METADATA_VALUE")
+    return found
+
+
+def _tensor(key: str, entry: Any, path: Path, start: int) -> TensorInfo:
+    where = f"{path.name}: {key[:200]}"
+    try:
+        name_bytes = len(key.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise Damaged("a tensor's name is not valid text", where=path.name, found=ascii(key[:80])) from None
+    if not key or name_bytes > limits.MAX_NAME_BYTES:
+        kind = LimitExceeded if key else Damaged
+        raise kind("a tensor's name is empty or too long", where=path.name, found=f"{name_bytes} bytes",
+                   wanted=f"1 … {limits.MAX_NAME_BYTES} (MAX_NAME_BYTES)")
+    if not isinstance(entry, dict):
+        raise Damaged("a tensor's entry is not an object", where=where, found=type(entry).__name__)
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise Damaged("unknown dtype", where=where, found=repr(dtype)[:80], wanted=", ".join(DTYPES))
+    shape = _integers(entry.get("shape"), "shape", where)
+    offsets = _integers(entry.get("data_offsets"), "data_offsets", where)
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise Damaged("data_offsets is not [begin, end]", where=where, found=str(offsets[:4]))
+    _limit_shape(shape, where)
+    bits = math.prod(shape) * DTYPES[dtype][0]
+    if bits % 8:
+        raise Damaged("elements do not fill whole bytes", where=where, found=f"{dtype} {list(shape)}")
+    if offsets[1] - offsets[0] != bits // 8:
+        raise Damaged(
+            "span differs from dtype and shape", where=where, found=f"{offsets[1] - offsets[0]:,} bytes",
+            wanted=f"{bits // 8:,} for {dtype} {list(shape)}",
+        )
+    return TensorInfo(key, dtype, tuple(shape), path, start + offsets[0], bits // 8)
+
+
+def _integers(found: Any, field: str, where: str) -> list[int]:
+    if not isinstance(found, list) or any(type(v) is not int or v < 0 or v >= 2**64 for v in found):
+        raise Damaged(f"{field} is not a list of non-negative integers", where=where, found=repr(found)[:80])
+    return found
+
+
+def _limit_shape(shape: list[int], where: str) -> None:
+    if len(shape) > limits.MAX_RANK:
+        raise LimitExceeded("rank is too large", where=where, found=str(len(shape)), wanted=f"{limits.MAX_RANK} (MAX_RANK)")
+    if any(dim > limits.MAX_DIM for dim in shape) or math.prod(shape) > limits.MAX_ELEMENTS:
+        found = str(shape)
+        if 0 in shape or any(dim > limits.MAX_DIM for dim in shape):
+            raise LimitExceeded("a dimension is too large", where=where, found=found, wanted=f"{limits.MAX_DIM} (MAX_DIM)")
+        raise LimitExceeded("too many elements", where=where, found=found, wanted=f"{limits.MAX_ELEMENTS} (MAX_ELEMENTS)")
+
+
+def _prove_spans(tensors: dict[str, TensorInfo], start: int, size: int, name: str) -> None:
+    """Spans in order of offset must touch: neither overlap nor hole, and end with the file."""
+    at = start
+    before = ""
+    for info in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+        if info.offset + info.nbytes > size:
+            missing = info.offset + info.nbytes - size
+            raise Damaged(
+                "cut short", where=f"{name}: {info.name}", found=f"{size:,} bytes",
+                wanted=f"{info.offset + info.nbytes:,} at least: {missing:,} bytes missing: incomplete download?",
+                remedy=_AGAIN,
+            )
+        if info.offset < at:
+            raise Damaged("two tensors overlap", where=name, found=f"{before} and {info.name}", remedy=_AGAIN)
+        if info.offset > at:
+            raise Damaged(f"bytes {at:,}–{info.offset:,} belong to no tensor", where=name, remedy=_AGAIN)
+        at, before = info.offset + info.nbytes, info.name
+    if at != size:
+        raise Damaged(f"bytes {at:,}–{size:,} belong to no tensor", where=name, remedy=_AGAIN)
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """One tensor, read into a buffer of its own. dtypes that torch lacks come as uint8 bytes of the same shape.
+
+    Raises Damaged if the file has changed, Unsupported for dtypes that no layer uses.
+    """
+    import torch
+
+    if info.dtype == "C64":
+        raise Unsupported("complex tensors are not read", where=info.name, found=info.dtype)
+    bits, dtype = DTYPES[info.dtype]
+    raw = read_bytes(info)
+    if bits < 8:
+        return raw
+    return raw.view(getattr(torch, dtype)).reshape(info.shape)
+
+
+def read_bytes(info: TensorInfo) -> Tensor:
+    """The tensor's bytes as a uint8 tensor [nbytes]."""
+    import torch
+
+    raw = torch.empty(info.nbytes, dtype=torch.uint8)
+    if not info.nbytes:
+        return raw
+    view = memoryview(raw.numpy())
+    descriptor = open_regular(info.file)
+    try:
+        done = 0
+        while done < info.nbytes:
+            count = os.preadv(descriptor, [view[done : done + _PIECE]], info.offset + done)
+            if count <= 0:
+                raise Damaged("changed while being read", where=f"{info.file.name}: {info.name}",
+                              found=f"{done:,} bytes", wanted=f"{info.nbytes:,}", remedy=_AGAIN)
+            done += count
+    finally:
+        os.close(descriptor)
+    return raw

@@ -1,0 +1,159 @@
+"""--quantization: which layers it takes, what they become, that it plans without torch."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from anybit.checkpoints.online import ONLINE, applies_to, quantize, quantizer, why_not
+from anybit.errors import Damaged, Unsupported
+from anybit.numerics.activations import RECIPES, quantize_dequantize
+from anybit.numerics.packing import PackedCodes
+from anybit.schemes import Layer, LayerKind, dense
+from anybit.weights import Dense, QuantizedWeight
+
+
+def layer(name: str, shape: tuple[int, ...] = (256, 384), kind: LayerKind = "linear") -> Layer:
+    return Layer(name, kind, shape, dense("bfloat16"), {"weight": f"{name}.weight"})
+
+
+def weight(shape: tuple[int, ...] = (256, 384)) -> Dense:
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    return Dense(dense("float32"), tensor)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    return ((got - wanted).norm() / wanted.norm()).item()
+
+
+# on Gaussian weights, see numerics/quantize.py; tensor, channel and block scales of fp8 cost the same
+ERRORS = {
+    "nvfp4": 0.10, "mxfp4": 0.12, "mxfp6_e2m3": 0.03, "mxfp6_e3m2": 0.055, "mxfp8": 0.028, "fp8_per_tensor": 0.028,
+    "fp8_per_channel": 0.028, "fp8_per_block": 0.028, "int8_per_channel": 0.009, "int8_per_channel_asym": 0.009,
+    "int4_g128": 0.105, "int4_g32_asym": 0.082, "online": 0.028,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_a_quantized_weight_is_close_to_the_dense_one(name: str) -> None:
+    original = weight()
+    result = quantize(original, name)
+    assert result.scheme == ONLINE[name].scheme
+    assert 0 < relative_error(result.dequantize(), original.tensor) < ERRORS[name]
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_zero_rows_stay_exactly_zero(name: str) -> None:
+    original = weight()
+    original.tensor[5] = 0
+    original.tensor[7:] = 0
+    assert not bool(quantize(original, name).dequantize()[original.tensor == 0].any())
+    nothing = Dense(dense("float32"), torch.zeros(128, 128))
+    assert not bool(quantize(nothing, name).dequantize().any())
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_stacked_experts_equal_their_parts(name: str) -> None:
+    stack = weight((3, 256, 384))
+    whole = quantize(stack, name)
+    for index in range(3):
+        alone = quantize(stack.expert(index), name)
+        assert torch.equal(whole.expert(index).dequantize(), alone.dequantize())
+    assert torch.equal(whole.narrow(0, 1, 2).dequantize(), whole.dequantize()[1:])
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_cuts_for_tensor_parallelism_are_exact(name: str) -> None:
+    result = quantize(weight(), name)
+    reference = result.dequantize()
+    assert torch.equal(result.narrow(0, 128, 128).dequantize(), reference[128:])
+    assert torch.equal(result.narrow(1, 128, 256).dequantize(), reference[:, 128:])
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_its_activations_are_a_recipe_that_works_by_row(name: str) -> None:
+    spec = ONLINE[name].scheme.activation
+    if spec is None:
+        assert name.startswith("int4")
+        return
+    assert spec.dynamic
+    assert RECIPES[spec.recipe].by_row
+    x = torch.randn(5, 384, generator=torch.Generator().manual_seed(1))
+    assert relative_error(quantize_dequantize(x, spec), x) < 0.13
+
+
+@pytest.mark.parametrize(("name", "bits"), [("nvfp4", 4.5), ("mxfp4", 4.25), ("mxfp6_e3m2", 6.25), ("int4_g128", 4.125),
+                                            ("int4_g32_asym", 4.75), ("fp8_per_block", 8.002)])  # fmt: skip
+def test_narrow_codes_are_kept_packed(name: str, bits: float) -> None:
+    result = quantize(weight(), name)
+    assert isinstance(result.stored_codes, PackedCodes) == (bits < 8)
+    assert result.nbytes * 8 / (256 * 384) == pytest.approx(bits, abs=1e-3)
+
+
+def test_the_bias_is_kept() -> None:
+    bias = torch.randn(256)
+    assert quantize(Dense(dense("float32"), weight().tensor, bias), "mxfp4").bias is bias
+
+
+@pytest.mark.parametrize(("candidate", "reason"), [
+    (layer("model.embed_tokens", kind="embedding"), "an embedding"),
+    (layer("lm_head"), "the output head"),
+    (layer("model.layers.0.mlp.gate"), "a router"),
+    (layer("model.layers.0.block_sparse_moe.router.layer"), "a router"),
+    (layer("model.layers.0.mlp.shared_expert_gate", (1, 384)), "a router"),
+    (layer("model.layers.0.mlp.down_proj", (256, 200)), "K 200 is no multiple of the group size 32"),
+])  # fmt: skip
+def test_what_stays_as_it_is_says_why(candidate: Layer, reason: str) -> None:
+    assert why_not(candidate, "mxfp4") == reason
+    assert quantizer("mxfp4").scheme_of(candidate) is None
+    original = weight(candidate.shape)
+    assert quantizer("mxfp4")(candidate, original) is original
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.gate_proj", "model.layers.0.self_attn.q_proj",
+                                  "model.layers.0.mlp.experts.3.up_proj"])  # fmt: skip
+def test_projections_are_quantized(name: str) -> None:
+    assert applies_to(layer(name), "mxfp4")
+    assert quantizer("mxfp4").scheme_of(layer(name)) == ONLINE["mxfp4"].scheme
+    assert isinstance(quantizer("mxfp4")(layer(name), weight()), QuantizedWeight)
+
+
+def test_what_is_quantized_already_stays() -> None:
+    stored = Layer("model.layers.0.mlp.up_proj", "linear", (256, 384), ONLINE["mxfp4"].scheme)
+    assert why_not(stored, "nvfp4") == "already quantized: mxfp4·g32·e8m0"
+
+
+def test_channel_and_block_schemes_take_any_width() -> None:
+    odd = layer("model.layers.0.mlp.up_proj", (100, 200))
+    for name in ("fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8_per_channel"):
+        assert applies_to(odd, name)
+        assert relative_error(quantize(weight(odd.shape), name).dequantize(), weight(odd.shape).tensor) < 0.03
+
+
+def test_names_of_vllm_mean_what_they_mean_there() -> None:
+    assert ONLINE["online"] == ONLINE["fp8_per_tensor"]
+    assert str(ONLINE["fp8_per_block"].scheme) == "fp8_e4m3fn·128x128·fp32 | a: fp8_e4m3fn dynamic g128"
+
+
+def test_an_unknown_name_is_refused_with_the_list() -> None:
+    with pytest.raises(Unsupported, match="no such quantization") as caught:
+        quantizer("int3")
+    assert "mxfp4" in caught.value.wanted
+
+
+def test_damage_carries_the_layers_name() -> None:
+    broken = weight()
+    broken.tensor[0, 0] = math.nan
+    with pytest.raises(Damaged) as caught:
+        quantizer("nvfp4")(layer("model.layers.0.mlp.up_proj"), broken)
+    assert caught.value.where == "model.layers.0.mlp.up_proj"
+
+
+def test_schemes_are_told_without_torch() -> None:
+    code = "import sys, anybit.checkpoints.online as o; o.quantizer('nvfp4'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
