@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,14 +114,19 @@ BLOCK_TENSORS = (
 )
 
 
-def llama(*, type: int = 2, changed: dict[str, object] | None = None, more: Sequence[bytes] = ()) -> File:
-    """The small llama with matrices of ggml type `type`; `changed` replaces or (None) drops pairs."""
+def llama(
+    *, type: int = 2, changed: Mapping[str, object] | None = None, more: Sequence[bytes] = (), architecture: str = "llama"
+) -> File:
+    """The small llama with matrices of ggml type `type`; `changed` replaces or (None) drops pairs.
+
+    With another `architecture` the same pairs and tensors go under that name.
+    """
     changed = changed or {}
     pairs = []
-    for key, kind, value in LLAMA_PAIRS:
-        value = changed.get(key, value)
+    for key, kind, default in LLAMA_PAIRS:
+        value = changed.get(key, architecture if key == "general.architecture" else default)
         if value is not None:
-            pairs.append(pair(key, kind, value))
+            pairs.append(pair(key.replace("llama.", f"{architecture}."), kind, value))
     tensors = [Tensor("token_embd.weight", (64, 8), type)]
     for n in range(2):
         tensors += [Tensor(f"blk.{n}.{name}", dims, 0 if len(dims) == 1 else type) for name, dims in BLOCK_TENSORS]

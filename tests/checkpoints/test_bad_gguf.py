@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -36,6 +37,22 @@ from checkpoints.gguf_writing import (
 from conftest import CHECKPOINTS, genuine
 
 Case = tuple[str, bytes | File, str, str]  # id, content, kind, words of the message
+
+
+LINES: set[str] = set()
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+def line(*ids: str) -> Callable[[Test], Test]:
+    """Name the lines that a test stands for: `pytest -k GG05` finds them, as it does ids of parameters."""
+
+    def mark(test: Test) -> Test:
+        for id in ids:
+            setattr(test, id, True)
+        LINES.update(ids)
+        return test
+
+    return mark
 
 
 def refusal(path: Path) -> AnybitError:
@@ -164,13 +181,15 @@ def test_a_bad_file_is_refused_with_place_and_reason(tmp_path: Path, content: by
     assert error.found or error.wanted
 
 
-def test_version_2_is_read() -> None:  # GG02
+@line("GG02")
+def test_version_2_is_read() -> None:
     for name in genuine("gguf-q4_0-mixtral-split-experts"):
         contents = read_contents(next((CHECKPOINTS / name).glob("*.gguf")))
         assert contents.config["model_type"] == "mixtral"
 
 
-def test_a_million_empty_strings_cost_little(tmp_path: Path) -> None:  # GG05
+@line("GG05")
+def test_a_million_empty_strings_cost_little(tmp_path: Path) -> None:
     path = written(tmp_path, with_pair(raw_array("k", STRING, 10**6, bytes(8 * 10**6))))
     start = time.perf_counter()
     contents = read_contents(path)
@@ -179,19 +198,22 @@ def test_a_million_empty_strings_cost_little(tmp_path: Path) -> None:  # GG05
     assert len(contents.gguf["k"]) == 10**6
 
 
-def test_more_elements_than_a_vocabulary_can_have_are_refused(tmp_path: Path) -> None:  # GG05
+@line("GG05")
+def test_more_elements_than_a_vocabulary_can_have_are_refused(tmp_path: Path) -> None:
     error = refusal(written(tmp_path, with_pair(raw_array("k", U8, 4_194_305, bytes(4_194_305)))))
     assert error.kind == "limit"
     assert "MAX_GGUF_ARRAY" in str(error)
 
 
-def test_a_value_that_is_not_utf8_stays_bytes(tmp_path: Path) -> None:  # GG08
+@line("GG08")
+def test_a_value_that_is_not_utf8_stays_bytes(tmp_path: Path) -> None:
     contents = read_contents(written(tmp_path, with_pair(pair("k", STRING, b"\xff"))))
     assert contents.gguf is not None
     assert contents.gguf["k"] == b"\xff"
 
 
-def test_a_scalar_and_an_empty_tensor_are_no_damage(tmp_path: Path) -> None:  # GG11, GG12
+@line("GG11", "GG12")
+def test_a_scalar_and_an_empty_tensor_are_no_damage(tmp_path: Path) -> None:
     file = llama()
     file.tensors += [Tensor("x.scalar", (), data=struct.pack("<f", 2.5)), Tensor("x.empty", (0, 4))]
     contents = read_contents(written(tmp_path, file))
@@ -200,22 +222,25 @@ def test_a_scalar_and_an_empty_tensor_are_no_damage(tmp_path: Path) -> None:  # 
     assert read_tensor(contents.tensors["x.empty"]).shape == (4, 0)
 
 
-def test_a_gap_is_refused(tmp_path: Path) -> None:  # GG15
+@line("GG15")
+def test_a_gap_is_refused(tmp_path: Path) -> None:
     file = File(tensors=[Tensor("a", (8,)), Tensor("b", (8,), offset=64)], tail=bytes(32))
     error = refusal(written(tmp_path, file))
     assert error.kind == "damaged"
     assert "gap" in str(error)
 
 
-def test_trailing_bytes_are_remarked(tmp_path: Path) -> None:  # GG16
+@line("GG16")
+def test_trailing_bytes_are_remarked(tmp_path: Path) -> None:
     file = llama()
     file.tail = b"trailing"
     (remark,) = remarks(read_contents(written(tmp_path, file)))
     assert "8 bytes after the last tensor" in remark
 
 
+@line("GG19")
 @pytest.mark.parametrize("architecture", [None, "elephant"])
-def test_an_unknown_architecture_is_inspected_but_not_loaded(tmp_path: Path, architecture: str | None) -> None:  # GG19
+def test_an_unknown_architecture_is_inspected_but_not_loaded(tmp_path: Path, architecture: str | None) -> None:
     contents = read_contents(written(tmp_path, llama(changed={"general.architecture": architecture})))
     assert dialect.declare(contents)["blk.0.attn_q"].shape == (64, 64)
     with pytest.raises(AnybitError) as caught:
@@ -223,7 +248,8 @@ def test_an_unknown_architecture_is_inspected_but_not_loaded(tmp_path: Path, arc
     assert caught.value.kind == "unsupported"
 
 
-def test_an_architecture_that_is_a_number_is_inspected_but_not_loaded(tmp_path: Path) -> None:  # GG19
+@line("GG19")
+def test_an_architecture_that_is_a_number_is_inspected_but_not_loaded(tmp_path: Path) -> None:
     file = llama(changed={"general.architecture": None}, more=[pair("general.architecture", U32, 7)])
     contents = read_contents(written(tmp_path, file))
     assert dialect.declare(contents)
@@ -282,7 +308,8 @@ TOTAL = len(llama().tensors)
 SOUND = [(0, 3, TOTAL), (1, 3, TOTAL), (2, 3, TOTAL)]
 
 
-def test_any_part_or_the_folder_gives_the_whole_set(tmp_path: Path) -> None:  # GG22
+@line("GG22")
+def test_any_part_or_the_folder_gives_the_whole_set(tmp_path: Path) -> None:
     paths = split_set(tmp_path, SOUND)
     for given in (*paths, tmp_path):
         contents = read_contents(given)
@@ -290,7 +317,8 @@ def test_any_part_or_the_folder_gives_the_whole_set(tmp_path: Path) -> None:  # 
         assert len(contents.tensors) == TOTAL
 
 
-def test_a_missing_part_is_named(tmp_path: Path) -> None:  # GG22
+@line("GG22")
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
     paths = split_set(tmp_path, SOUND)
     paths[1].unlink()
     error = refusal(paths[0])
@@ -317,7 +345,8 @@ def test_a_set_whose_parts_disagree_is_refused(
     assert words in str(error)
 
 
-def test_a_tensor_in_two_parts_is_refused(tmp_path: Path) -> None:  # GG23
+@line("GG23")
+def test_a_tensor_in_two_parts_is_refused(tmp_path: Path) -> None:
     for n in range(2):
         keys = [pair("split.no", U16, n), pair("split.count", U16, 2), pair("split.tensors.count", I32, 2)]
         File([*llama().pairs, *keys], [Tensor("output_norm.weight", (64,))]).write(tmp_path / f"m-{n + 1:05}-of-00002.gguf")
@@ -326,7 +355,8 @@ def test_a_tensor_in_two_parts_is_refused(tmp_path: Path) -> None:  # GG23
     assert "two parts" in str(error)
 
 
-def test_a_part_under_another_name_is_refused(tmp_path: Path) -> None:  # GG23
+@line("GG23")
+def test_a_part_under_another_name_is_refused(tmp_path: Path) -> None:
     path = split_set(tmp_path, SOUND)[1].rename(tmp_path / "renamed.gguf")
     error = refusal(path)
     assert error.kind == "inconsistent"
@@ -374,3 +404,9 @@ def test_every_cut_and_every_flipped_header_byte_gives_our_error_or_the_same_ten
         flipped = bytearray(raw)
         flipped[position] ^= 0xFF
         outcome(bytes(flipped))
+
+
+def test_every_line_has_a_test() -> None:
+    """The table of hostile GGUF files has the lines GG01 … GG23."""
+    parametrised = {"GG21", "GG22", "GG23", *(case[0] for case in REFUSED)}
+    assert LINES | parametrised == {f"GG{n:02}" for n in range(1, 24)}

@@ -18,7 +18,7 @@ from anybit.checkpoints.dialects import modelopt
 from anybit.errors import AnybitError, Damaged, Inconsistent, LimitExceeded, Unsupported
 from anybit.numerics.activations import quantize_dequantize
 from anybit.weights import Dense, QuantizedWeight
-from conftest import CHECKPOINTS, EXPECTED, SHARED, digest, expected, genuine
+from conftest import CHECKPOINTS, EXPECTED, digest, expected, genuine, needs_shared
 
 FOLDERS = genuine("ct-*")
 W4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 8}
@@ -96,7 +96,7 @@ def product(weight: Any, x: torch.Tensor) -> torch.Tensor:
     return y if scheme.output is None else quantize_dequantize(y.float(), scheme.output, weight.activation).double()
 
 
-@pytest.mark.skipif(SHARED is None, reason="the full set of genuine checkpoints (../shared) is absent")
+@needs_shared
 def test_every_public_folder_is_read() -> None:
     assert len(FOLDERS) == 27
 
@@ -341,6 +341,33 @@ def test_trap_16_ignore_beats_every_target(tmp_path: Path, entry: str) -> None:
     with pytest.raises(Inconsistent, match="ignores") as refused:
         read(tmp_path, config(INT8, ignore=[entry]), dict(INT8_MODULE))
     assert refused.value.where == M
+
+
+@pytest.mark.parametrize(
+    ("ignore", "ignored"),
+    [
+        (["re:a|b", "re:model.*(up|gate)_proj$"], True),
+        (["re:.*down_proj", "re:x|y"], False),
+        (["re:up_proj"], False),  # anchored at the start
+        (["re:^(?!.*lm_head).*$", "re:z"], True),  # look-ahead, which RE2 lacks
+        ([r"re:(.)\1", "re:(?i)MODEL.*UP_PROJ"], True),
+        ([f"re:unlike.{i}" for i in range(9000)] + ["re:.*up_proj"], True),  # more than one alternation holds
+    ],
+    ids=["alternative", "others", "anchored", "look-ahead", "flag", "many"],
+)
+def test_trap_16_many_ignore_patterns_mean_what_each_means(tmp_path: Path, ignore: list[str], ignored: bool) -> None:
+    contents = write(tmp_path, config(INT8, ignore=ignore), dict(INT8_MODULE))
+    if ignored:
+        with pytest.raises(Inconsistent, match="ignores"):
+            dialect.declare(contents)
+    else:
+        assert M in dialect.declare(contents)
+
+
+def test_a_broken_pattern_is_named_by_itself(tmp_path: Path) -> None:
+    with pytest.raises(Damaged) as refused:
+        dialect.declare(write(tmp_path, config(INT8, ignore=["re:a)|(b", "re:x"]), dict(INT8_MODULE)))
+    assert "a)|(b" in refused.value.found
 
 
 def test_trap_17_a_target_without_codes_is_not_quantized(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from anybit.checkpoints.dialects import modelopt as dialect
 from anybit.errors import AnybitError, Damaged, Inconsistent, Unsupported
 from anybit.numerics.activations import quantize_dequantize
 from anybit.weights import QuantizedWeight
-from conftest import CHECKPOINTS, EXPECTED, SHARED, digest, expected, genuine
+from conftest import CHECKPOINTS, EXPECTED, digest, expected, genuine, needs_shared
 
 FOLDERS = genuine("modelopt-*")
 M = "model.layers.0.mlp.up_proj"
@@ -99,7 +99,7 @@ def test_a_layer_computes_what_the_genuine_runtime_computes(folder: str) -> None
             assert (got - y).norm() / y.norm() < 1e-5, name
 
 
-@pytest.mark.skipif(SHARED is None, reason="the full set of genuine checkpoints (../shared) is absent")
+@needs_shared
 def test_every_public_folder_is_read() -> None:
     assert len(FOLDERS) == 16
 
@@ -282,6 +282,11 @@ def test_trap_12_stacked_fp8_experts_share_one_scale(tmp_path: Path) -> None:
     assert value.expert(1).dequantize()[2, 0] == 3.0
 
 
+def test_a_stack_without_its_scale_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Inconsistent, match="missing"):
+        read(tmp_path, config("NVFP4"), stack(torch.zeros(2, 8, 3, dtype=torch.uint8)), EXPERTS)
+
+
 def test_stacked_per_channel_experts_have_a_scale_an_expert(tmp_path: Path) -> None:
     codes = torch.full((2, 4, 3), ONE, dtype=torch.uint8).view(torch.float8_e4m3fn)
     tensors = stack(codes, weight_scale=torch.tensor([3.0, 5.0]))
@@ -363,8 +368,9 @@ def test_a_rule_that_is_not_read_is_refused_by_name(
         read(tmp_path, config("MIXED_PRECISION", quantized_layers=rules), module(weight=bytes_of([0]), weight_scale=bytes_of([0])))
 
 
-def test_an_excluded_module_with_codes_is_read_and_noted(tmp_path: Path) -> None:
-    contents = write(tmp_path, config("W4A16_AWQ", ignore=["model.layers.0*"]), int4())
+@pytest.mark.parametrize("pattern", ["model.layers.0*", "*up_proj", "model.layers.?.mlp.up_proj", "*[tuv]p_proj", M])
+def test_an_excluded_module_with_codes_is_read_and_noted(tmp_path: Path, pattern: str) -> None:
+    contents = write(tmp_path, config("W4A16_AWQ", ignore=["lm_head", pattern]), int4())
     layer = dialect.declare(contents)[M]
     assert layer.scheme.is_quantized
     assert layer.notes == ("the config lists it as unquantized; the tensors decide",)

@@ -183,6 +183,7 @@ def test_a_zero_block_beside_others_is_exactly_zero(tool: str) -> None:
     x[2] = 0
     recipe = NVFP4_RECIPES[tool]
     assert torch.equal(recipe.dequantize(*recipe.quantize(x))[2], torch.zeros(16))
+    assert torch.equal(recipe.dequantize(*recipe.quantize(torch.zeros(2, 16))), torch.zeros(2, 16))
 
 
 @pytest.mark.parametrize(("tool", "byte"), [("modelopt", 0x38), ("compressed-tensors", 0x20), ("quark", 0x38), ("vllm", 0)])

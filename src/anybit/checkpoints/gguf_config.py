@@ -64,6 +64,13 @@ _NO_MODEL: Final = {
 }
 
 _BLOCK: Final = re.compile(r"blk\.([0-9]{1,10})\.(.+)")
+# model_type -> config key -> the tensor whose presence it states; qwen2 always has q, k and v biases, mixtral never
+_BIAS_KEYS: Final[Mapping[str, Mapping[str, str]]] = {
+    "llama": {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"},
+    "qwen3": {"attention_bias": "blk.0.attn_q.bias"},
+    "qwen2_moe": {"qkv_bias": "blk.0.attn_q.bias"},
+    "qwen3_moe": {"attention_bias": "blk.0.attn_q.bias"},
+}
 _TOKEN_IDS: Final = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
@@ -95,8 +102,8 @@ def require_loadable(contents: Contents) -> None:
                           wanted=", ".join(ARCHITECTURES), remedy="use a safetensors checkpoint of the same model")
     version = metadata.get("general.quantization_version", 2)
     if version != 2:  # ggml's GGML_QNT_VERSION: blocks of other versions had other layouts
-        raise Unsupported("the blocks have another quantization version", where=where, found=f"{version!r:.80}", wanted="2",
-                          remedy="quantize the original model again with a current llama.cpp")
+        raise Unsupported("the blocks have another quantization version", where=where, found=f"{version!r:.80}",
+                          wanted="2", remedy="quantize the original model again with a current llama.cpp")
 
 
 def config_from_metadata(
@@ -118,6 +125,9 @@ def config_from_metadata(
     if layers > MAX_LAYERS:
         raise LimitExceeded("too many layers", where=where, found=f"{layers:,}", wanted=f"{MAX_LAYERS:,} (MAX_LAYERS)")
     head_dim = keys.optional("attention.key_length") or keys.optional("rope.dimension_count") or hidden // heads
+    if head_dim == 0:
+        raise Inconsistent("more heads than hidden inputs", where=where, found=f"{heads:,} heads, {hidden:,} inputs",
+                           wanted="at least one input a head")
     config: JSON = {
         "model_type": architecture.model_type,
         "architectures": [architecture.class_name],
@@ -134,10 +144,8 @@ def config_from_metadata(
         "rope_parameters": _rope(keys, tensors, head_dim, read_floats),
         **architecture.extra,
     }
-    if architecture.model_type != "qwen2":  # there q, k and v always have biases
-        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
-    if architecture.model_type == "llama":
-        config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+    for key, tensor in _BIAS_KEYS.get(architecture.model_type, {}).items():
+        config[key] = tensor in tensors
     dense_size = keys.optional("feed_forward_length") or _rows(tensors, "ffn_up.weight")
     if dense_size is not None:
         config["intermediate_size"] = dense_size
@@ -270,7 +278,7 @@ def _rope(keys: _Keys, tensors: Mapping[str, TensorInfo], head_dim: int, read_fl
         context = original or keys.optional("context_length") or 2048
         scaling: JSON = {"rope_theta": theta, "rope_type": "yarn", "factor": factor,
                          "original_max_position_embeddings": context}
-        attention = keys.number("rope.scaling.attn_factor", 1.0)
+        attention = keys.number("rope.scaling.attn_factor", 1.0) * keys.number("rope.scaling.yarn_attn_factor", 1.0)
         if attention != 1.0:  # llama.cpp multiplies yarn's own factor by it; a config states the product
             scaling["attention_factor"] = attention * (1 + 0.1 * math.log(factor) if factor > 1 else 1)
         for key, name in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):

@@ -4,34 +4,57 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from anybit import limits
-from anybit.errors import Damaged, LimitExceeded, Unsafe
+from anybit.errors import Damaged, LimitExceeded
 
-LFS_START = b"version https://git-lfs.github.com/spec/"
+__all__ = ["integer", "open_regular", "parse_json", "read_json", "read_small", "refuse_lfs_pointer"]
+
+LFS_START: Final = b"version https://git-lfs.github.com/spec/"
+_LIMIT_NAMES: Final = {limits.MAX_CONFIG_JSON: "MAX_CONFIG_JSON", limits.MAX_INDEX_JSON: "MAX_INDEX_JSON"}
+# a string, closed or running to the end of the text; possessive, so that no input makes it go back
+_STRING: Final = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_BRACKET: Final = re.compile(r"[{}\[\]]")
 
 
 def read_json(path: Path, *, limit: int = limits.MAX_CONFIG_JSON) -> dict[str, Any]:
-    """The object in a JSON file. Raises Damaged (with line and column), LimitExceeded, Unsafe."""
+    """The object in a JSON file. Raises Damaged (with line and column), LimitExceeded."""
     raw = read_small(path, limit)
     return parse_json(raw, path.name)
 
 
 def read_small(path: Path, limit: int) -> bytes:
     """All bytes of a regular file of at most `limit` bytes."""
-    try:
-        if not path.is_file():
-            raise Damaged("not a regular file", where=path.name, wanted="a file")
-        size = path.stat().st_size
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         if size > limit:
+            constant = f" ({_LIMIT_NAMES[limit]})" if limit in _LIMIT_NAMES else ""
             raise LimitExceeded(
-                "file is too large", where=path.name, found=f"{size:,} bytes", wanted=f"at most {limit:,} bytes"
+                "file is too large", where=path.name, found=f"{size:,} bytes", wanted=f"at most {limit:,}{constant}"
             )
-        return path.read_bytes()
-    except OSError as error:
-        raise Damaged("cannot be read", where=path.name, found=error.strerror or str(error)) from error
+        try:
+            return file.read(limit)
+        except OSError as error:
+            raise Damaged("cannot be read", where=path.name, found=error.strerror or str(error)) from error
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file, opened without ever blocking. Raises Damaged with the reason in words."""
+    try:
+        if stat.S_ISREG(path.stat().st_mode):  # asked before opening: opening a device may do something
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return descriptor
+            os.close(descriptor)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        raise Damaged("cannot be opened", where=path.name, found=reason, wanted="a readable file") from error
+    raise Damaged("not a regular file", where=path.name, wanted="a file")
 
 
 def refuse_lfs_pointer(raw: bytes, name: str) -> None:
@@ -53,13 +76,16 @@ def parse_json(raw: bytes, name: str) -> dict[str, Any]:
     """The object in `raw`; `name` is for messages."""
     refuse_lfs_pointer(raw, name)
     if not raw.strip():
-        raise Damaged("empty file", where=name, wanted="a JSON object")
+        raise Damaged("empty", where=name, found=f"{len(raw)} bytes of nothing", wanted="a JSON object",
+                      remedy="download the file again")
     if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        raise Damaged("begins with a byte-order mark", where=name, found=raw[:3].hex(), wanted="plain UTF-8")
+        raise Damaged("begins with a byte-order mark: line 1 column 1", where=name, found=f"bytes {raw[:3].hex(' ')}",
+                      wanted="plain UTF-8", remedy="save the file as UTF-8 without a mark")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Damaged("not UTF-8", where=name, found=f"byte {raw[error.start]:#04x} at {error.start}") from error
+        raise Damaged("not UTF-8", where=name, found=f"byte {raw[error.start]:#04x} at {error.start}",
+                      wanted="JSON in UTF-8", remedy="download the file again") from error
     _refuse_depth(text, name)
     try:
         found = json.loads(text, object_pairs_hook=_unique(name), parse_int=_integer(name), parse_constant=_constant)
@@ -71,8 +97,12 @@ def parse_json(raw: bytes, name: str) -> dict[str, Any]:
     except RecursionError:
         raise Damaged(f"nested deeper than {limits.MAX_JSON_DEPTH}", where=name) from None
     if not isinstance(found, dict):
-        raise Damaged("not an object", where=name, found=type(found).__name__, wanted="an object: { ... }")
+        raise Damaged("not an object", where=name, found=_JSON_TYPES[type(found)], wanted="an object: { ... }")
     return found
+
+
+_JSON_TYPES: Final = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false",
+                      type(None): "null"}
 
 
 def _unique(name: str) -> Any:
@@ -104,27 +134,13 @@ def _constant(text: str) -> float:
 
 def _refuse_depth(text: str, name: str) -> None:
     """Depth by counting brackets outside strings: before any parser recurses."""
-    depth = deepest = 0
-    in_string = is_escaped = False
     if text.count("{") + text.count("[") <= limits.MAX_JSON_DEPTH:
         return
-    for char in text:
-        if in_string:
-            if is_escaped:
-                is_escaped = False
-            elif char == "\\":
-                is_escaped = True
-            elif char == '"':
-                in_string = False
-        elif char == '"':
-            in_string = True
-        elif char in "{[":
-            depth += 1
-            deepest = max(deepest, depth)
-            if deepest > limits.MAX_JSON_DEPTH:
-                raise Damaged(f"nested deeper than {limits.MAX_JSON_DEPTH}", where=name)
-        elif char in "}]":
-            depth -= 1
+    depth = 0
+    for bracket in _BRACKET.finditer(_STRING.sub("", text)):
+        depth += 1 if bracket[0] in "{[" else -1
+        if depth > limits.MAX_JSON_DEPTH:
+            raise Damaged(f"nested deeper than {limits.MAX_JSON_DEPTH}", where=name, wanted="MAX_JSON_DEPTH at most")
 
 
 def integer(config: dict[str, Any], key: str, where: str, low: int, high: int) -> int | None:
@@ -140,5 +156,3 @@ def integer(config: dict[str, Any], key: str, where: str, low: int, high: int) -
         raise LimitExceeded(f"{key} is out of range", where=where, found=str(value), wanted=f"{low} … {high}")
     return value
 
-
-__all__ = ["Unsafe", "integer", "parse_json", "read_json", "read_small", "refuse_lfs_pointer"]

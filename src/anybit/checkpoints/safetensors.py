@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import math
 import os
-import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from anybit import limits
 from anybit.checkpoints.contents import DTYPES, TensorInfo
-from anybit.checkpoints.jsonfile import parse_json, refuse_lfs_pointer
-from anybit.errors import AnybitError, Damaged, LimitExceeded, Unsupported
+from anybit.checkpoints.jsonfile import open_regular, parse_json, refuse_lfs_pointer
+from anybit.errors import AnybitError, Damaged, DeviceProblem, LimitExceeded, Unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,12 +39,16 @@ _OTHERS: Final = (
 _PIECE: Final = 1 << 30  # bytes of one read call: the kernel returns at most 2 GiB
 
 
+Stamp = tuple[int, int, int, int]  # device, inode, size, time of change in ns: another stamp is another file
+
+
 @dataclass(frozen=True)
 class Header:
-    """A proven header."""
+    """A proven header, and the stamp of the file that it was read from."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
+    stamp: Stamp
 
 
 def read_header(path: Path) -> Header:
@@ -52,17 +56,19 @@ def read_header(path: Path) -> Header:
     name = path.name
     descriptor = open_regular(path)
     try:
-        size = os.fstat(descriptor).st_size
+        stamp = _stamp(descriptor)
+        size = stamp[2]
         raw, start = _header_bytes(descriptor, size, name)
     finally:
         os.close(descriptor)
-    stripped = raw.strip(b" \t\r\n")
-    if b"\0" in stripped[-1:] or (stripped and stripped[-1:] != b"}"):
-        raise Damaged("bytes after the header's object", where=name, found=repr(stripped[-8:]), remedy=_AGAIN)
+    end = len(raw.rstrip(b" \t\r\n"))
+    if raw[end - 1 : end] == b"\0":  # before decoding 100 MB of them
+        raise Damaged("the header ends in NUL bytes", where=name, found=f"byte 0x00 at {8 + end - 1:,}",
+                      wanted="a JSON object", remedy=_AGAIN)
     try:
         header = parse_json(raw, name)
     except AnybitError as error:
-        error.where = f"{name} header"
+        error.where = f"{name}: header"
         raise
     metadata = _metadata(header.pop("__metadata__", None), name)
     if len(header) > limits.MAX_TENSORS_PER_FILE:
@@ -72,38 +78,28 @@ def read_header(path: Path) -> Header:
         )
     tensors = {key: _tensor(key, entry, path, start) for key, entry in header.items()}
     _prove_spans(tensors, start, size, name)
-    return Header(tensors, metadata)
+    return Header(tensors, metadata, stamp)
 
 
-def open_regular(path: Path) -> int:
-    """A descriptor of a regular file, opened without ever blocking. Raises Damaged with the reason in words."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise Damaged("cannot be opened", where=path.name, found=error.strerror or str(error)) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise Damaged("not a regular file", where=path.name, wanted="a file")
-    return descriptor
+def _stamp(descriptor: int) -> Stamp:
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _header_bytes(descriptor: int, size: int, name: str) -> tuple[bytes, int]:
     first = os.pread(descriptor, 512, 0)
     refuse_lfs_pointer(first, name)
-    for magic, what in _OTHERS:
-        if first.startswith(magic):
-            raise Damaged(f"this is {what}", where=name, found=repr(first[:4]), wanted="a safetensors file")
     if size < 8:
         raise Damaged("needs 8 bytes for the header's length", where=name, found=f"{size} bytes", remedy=_AGAIN)
     length = int.from_bytes(first[:8], "little")
     if length == 0:
         raise Damaged("header is empty", where=name, found="length 0", wanted="a JSON object")
+    if length > min(size - 8, limits.MAX_SAFETENSORS_HEADER):
+        _refuse_other_file(first, name)  # only now: the length of a sound header may begin like a pickle
     if 8 + length > size:
-        looks_text = all(32 <= c < 127 or c in b"\r\n\t" for c in first[:8])
         raise Damaged(
-            "this is a text file" if looks_text else "header runs past the end of the file",
-            where=name, found=f"length {length:,} in a file of {size:,} bytes", wanted=f"at most {size - 8:,}",
-            remedy=_AGAIN,
+            "header runs past the end of the file", where=name, found=f"length {length:,} in a file of {size:,} bytes",
+            wanted=f"at most {size - 8:,}", remedy=_AGAIN,
         )
     if length > limits.MAX_SAFETENSORS_HEADER:
         raise LimitExceeded(
@@ -116,11 +112,22 @@ def _header_bytes(descriptor: int, size: int, name: str) -> tuple[bytes, int]:
     return raw, 8 + length
 
 
+def _refuse_other_file(first: bytes, name: str) -> None:
+    """Raise Damaged with what the file is, if its first bytes tell."""
+    what = next((what for magic, what in _OTHERS if first.startswith(magic)), "")
+    if not what and all(32 <= byte < 127 or byte in b"\r\n\t" for byte in first):
+        what = "a text file"
+    if what:
+        raise Damaged(f"this is {what}", where=name, found=repr(first[:8]), wanted="a safetensors file",
+                      remedy="give the file its true ending, or " + _AGAIN)
+
+
 def _metadata(found: Any, name: str) -> dict[str, str]:
     if found is None:
         return {}
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
-        raise Damaged("__metadata__ is not a map of strings", where=name, found=type(found).__name__)
+        raise Damaged("__metadata__ is not a map of strings", where=name, found=repr(found)[:80],
+                      wanted="an object whose values are strings", remedy=_AGAIN)
     if len(found) > limits.MAX_METADATA_ENTRIES or any(len(v) > limits.MAX_METADATA_VALUE for v in found.values()):
         raise LimitExceeded("__metadata__ is too large", where=name, wanted="MAX_METADATA_ENTRIES, MAX_METADATA_VALUE")
     return found
@@ -145,7 +152,9 @@ def _tensor(key: str, entry: Any, path: Path, start: int) -> TensorInfo:
     offsets = _integers(entry.get("data_offsets"), "data_offsets", where)
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise Damaged("data_offsets is not [begin, end]", where=where, found=str(offsets[:4]))
-    _limit_shape(shape, where)
+    if len(shape) > limits.MAX_RANK:  # before the product: its cost grows with the square of the rank
+        raise LimitExceeded("rank is too large", where=where, found=str(len(shape)),
+                            wanted=f"at most {limits.MAX_RANK} (MAX_RANK)")
     bits = math.prod(shape) * DTYPES[dtype][0]
     if bits % 8:
         raise Damaged("elements do not fill whole bytes", where=where, found=f"{dtype} {list(shape)}")
@@ -154,23 +163,24 @@ def _tensor(key: str, entry: Any, path: Path, start: int) -> TensorInfo:
             "span differs from dtype and shape", where=where, found=f"{offsets[1] - offsets[0]:,} bytes",
             wanted=f"{bits // 8:,} for {dtype} {list(shape)}",
         )
+    _limit_shape(shape, where)
     return TensorInfo(key, dtype, tuple(shape), path, start + offsets[0], bits // 8)
 
 
 def _integers(found: Any, field: str, where: str) -> list[int]:
     if not isinstance(found, list) or any(type(v) is not int or v < 0 or v >= 2**64 for v in found):
-        raise Damaged(f"{field} is not a list of non-negative integers", where=where, found=repr(found)[:80])
+        raise Damaged(f"{field} is not a list of non-negative integers", where=where, found=repr(found)[:80],
+                      wanted="integers below 2^64", remedy=_AGAIN)
     return found
 
 
 def _limit_shape(shape: list[int], where: str) -> None:
-    if len(shape) > limits.MAX_RANK:
-        raise LimitExceeded("rank is too large", where=where, found=str(len(shape)), wanted=f"{limits.MAX_RANK} (MAX_RANK)")
-    if any(dim > limits.MAX_DIM for dim in shape) or math.prod(shape) > limits.MAX_ELEMENTS:
-        found = str(shape)
-        if 0 in shape or any(dim > limits.MAX_DIM for dim in shape):
-            raise LimitExceeded("a dimension is too large", where=where, found=found, wanted=f"{limits.MAX_DIM} (MAX_DIM)")
-        raise LimitExceeded("too many elements", where=where, found=found, wanted=f"{limits.MAX_ELEMENTS} (MAX_ELEMENTS)")
+    if any(dim > limits.MAX_DIM for dim in shape):
+        raise LimitExceeded("a dimension is too large", where=where, found=str(shape),
+                            wanted=f"at most {limits.MAX_DIM:,} (MAX_DIM)")
+    if math.prod(shape) > limits.MAX_ELEMENTS:
+        raise LimitExceeded("too many elements", where=where, found=str(shape),
+                            wanted=f"at most {limits.MAX_ELEMENTS:,} (MAX_ELEMENTS)")
 
 
 def _prove_spans(tensors: dict[str, TensorInfo], start: int, size: int, name: str) -> None:
@@ -194,39 +204,64 @@ def _prove_spans(tensors: dict[str, TensorInfo], start: int, size: int, name: st
         raise Damaged(f"bytes {at:,}–{size:,} belong to no tensor", where=name, remedy=_AGAIN)
 
 
-def read_tensor(info: TensorInfo) -> Tensor:
-    """One tensor, read into a buffer of its own. dtypes that torch lacks come as uint8 bytes of the same shape.
+def read_tensor(info: TensorInfo, stamp: Stamp | None = None) -> Tensor:
+    """One tensor, read into a buffer of its own. dtypes that torch lacks come as uint8 bytes: flat where below 8 bits.
 
-    Raises Damaged if the file has changed, Unsupported for dtypes that no layer uses.
+    `stamp` is that of the header; a file with another one is refused. Raises Damaged if the file has changed,
+    Unsupported for dtypes that no layer uses, DeviceProblem if memory does not suffice.
     """
     import torch
 
     if info.dtype == "C64":
-        raise Unsupported("complex tensors are not read", where=info.name, found=info.dtype)
+        raise Unsupported("complex tensors are not read", where=f"{info.file.name}: {info.name}", found=info.dtype,
+                          wanted="a real dtype")
     bits, dtype = DTYPES[info.dtype]
-    raw = read_bytes(info)
+    raw = read_bytes(info, stamp)
     if bits < 8:
         return raw
     return raw.view(getattr(torch, dtype)).reshape(info.shape)
 
 
-def read_bytes(info: TensorInfo) -> Tensor:
+def read_bytes(info: TensorInfo, stamp: Stamp | None = None) -> Tensor:
     """The tensor's bytes as a uint8 tensor [nbytes]."""
     import torch
 
-    raw = torch.empty(info.nbytes, dtype=torch.uint8)
-    if not info.nbytes:
-        return raw
-    view = memoryview(raw.numpy())
+    where = f"{info.file.name}: {info.name}"
     descriptor = open_regular(info.file)
     try:
+        if stamp is not None and _stamp(descriptor) != stamp:
+            raise _changed(where, "another size, time or file", "the file whose header was read")
+        try:
+            raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise DeviceProblem("not enough memory to read a tensor", where=where, found="refused by the system",
+                                wanted=f"{info.nbytes:,} bytes", remedy="close other programs") from error
+        view = memoryview(raw.numpy())
         done = 0
         while done < info.nbytes:
             count = os.preadv(descriptor, [view[done : done + _PIECE]], info.offset + done)
             if count <= 0:
-                raise Damaged("changed while being read", where=f"{info.file.name}: {info.name}",
-                              found=f"{done:,} bytes", wanted=f"{info.nbytes:,}", remedy=_AGAIN)
+                raise _changed(where, f"{done:,} bytes", f"{info.nbytes:,}")
             done += count
+    except OSError as error:
+        raise Damaged("cannot be read", where=where, found=error.strerror or str(error), remedy=_AGAIN) from error
     finally:
         os.close(descriptor)
     return raw
+
+
+def _changed(where: str, found: str, wanted: str) -> Damaged:
+    return Damaged("changed while being read", where=where, found=found, wanted=wanted,
+                   remedy="open the checkpoint again when nothing writes to it")
+
+
+class Reader:
+    """Reads tensors of files whose headers were proven before, and refuses a file that has changed since."""
+
+    def __init__(self, stamps: Mapping[Path, Stamp]) -> None:
+        """`stamps` are those of the headers, by file."""
+        self._stamps = dict(stamps)
+
+    def __call__(self, info: TensorInfo, /) -> Tensor:
+        """The tensor, as `read_tensor`."""
+        return read_tensor(info, self._stamps.get(info.file))

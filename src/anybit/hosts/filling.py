@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from anybit.checkpoints.checkpoint import Checkpoint
 from anybit.errors import AnybitError, Inconsistent, Unsupported
+from anybit.hosts.meter import release_freed
 from anybit.hosts.modules import AnybitEmbedding, AnybitExperts, AnybitLinear, TiedHead, product_of
 from anybit.hosts.naming import Naming
 from anybit.kernels.catalogue import implementation
@@ -23,8 +24,9 @@ from anybit.planning.plan import Plan
 from anybit.schemes import Layer
 from anybit.weights import Dense, Weight
 
+_RELEASE_BYTES = 64 * 2**20  # read between two releases of freed memory: a call costs a millisecond
 DeviceOf = Callable[[str], torch.device]
-Quantizer = Callable[[Layer, Dense], Weight]
+Quantizer = Callable[[Layer, Weight], Weight]
 Progress = Callable[[str, int], None]
 
 
@@ -37,7 +39,10 @@ class Assignment:
     tensors  parameter -> layer: filled as an ordinary parameter
     plain    parameter -> name in the checkpoint's `plain`
     unused   layers and tensors of the checkpoint that the model has no place for
+    naming   the names of the model as it was
     """
+
+    naming: Naming
 
     modules: dict[str, str] = field(default_factory=dict)
     experts: dict[str, dict[str, dict[int, str]]] = field(default_factory=dict)
@@ -57,12 +62,15 @@ class Placeholder(nn.Module):
                 setattr(self, name, getattr(original, name))
 
 
-def assign(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> Assignment:
-    """Decide the place of every layer and tensor, and put placeholders where modules of ours will be."""
+def assign(model: nn.Module, checkpoint: Checkpoint, plan: Plan, *, only_quantized: bool = False) -> Assignment:
+    """Decide the place of every layer and tensor, and put placeholders where modules of ours will be.
+
+    With `only_quantized` unquantized layers stay the host's own modules, whatever kernel the plan has for them.
+    """
     naming = Naming(model)
-    found = Assignment()
+    found = Assignment(naming)
     for layer in checkpoint.layers.values():
-        _assign_layer(found, naming, layer, plan)
+        _assign_layer(found, layer, plan, only_quantized)
     _keep_plain_experts(found, naming, checkpoint)
     for name in checkpoint.plain:
         parameter = naming.parameter(name)
@@ -75,10 +83,12 @@ def assign(model: nn.Module, checkpoint: Checkpoint, plan: Plan) -> Assignment:
     return found
 
 
-def _assign_layer(found: Assignment, naming: Naming, layer: Layer, plan: Plan) -> None:
+def _assign_layer(found: Assignment, layer: Layer, plan: Plan, only_quantized: bool) -> None:
+    naming = found.naming
     direct = naming.parameter(layer.name)  # stacked experts carry the name of the parameter itself
-    scheme = plan.unit_of(layer.name).scheme
-    if direct and not scheme.is_quantized:
+    unit = plan.unit_of(layer.name)
+    is_ours = unit.scheme.is_quantized or (unit.choice.layout != "dense" and not only_quantized)
+    if direct and not unit.scheme.is_quantized:
         found.tensors[direct] = layer.name
         return
     place = naming.place(layer.name)
@@ -86,7 +96,7 @@ def _assign_layer(found: Assignment, naming: Naming, layer: Layer, plan: Plan) -
         found.unused.append(layer.name)
     elif place.role:
         found.experts.setdefault(place.module, {}).setdefault(place.role, {})[place.expert] = layer.name
-    elif scheme.is_quantized and type(naming.modules[place.module]) in _REPLACED | _subclasses(naming, place.module):
+    elif is_ours and type(naming.modules[place.module]) in _REPLACED | _subclasses(naming, place.module):
         found.modules[place.module] = layer.name
     else:
         found.tensors[f"{place.module}.weight"] = layer.name
@@ -126,6 +136,7 @@ class Filler:
     device_of: DeviceOf
     quantize: Quantizer | None = None
     progress: Progress | None = None
+    _read_bytes: int = 0
 
     def fill(self, *, with_plain: bool = True) -> None:
         """Install everything; without `with_plain` only modules of ours (transformers loaded the rest)."""
@@ -140,11 +151,12 @@ class Filler:
             for parameter, name in found.plain.items():
                 self._set(parameter, self.checkpoint.read_plain(name))
         self._tie()
+        release_freed()
 
     def _read(self, name: str) -> Weight:
         layer = self.checkpoint.layers[name]
         weight = self.checkpoint.read(name)
-        if self.quantize is not None and isinstance(weight, Dense):
+        if self.quantize is not None:
             try:
                 weight = self.quantize(layer, weight)
             except AnybitError as error:
@@ -152,6 +164,10 @@ class Filler:
                 raise
         if self.progress is not None:
             self.progress(name, layer.stored_bytes)
+        self._read_bytes += layer.stored_bytes
+        if self._read_bytes > _RELEASE_BYTES:
+            self._read_bytes = 0
+            release_freed()
         return weight
 
     def _linear(self, name: str, weight: Weight, device: torch.device) -> AnybitLinear:

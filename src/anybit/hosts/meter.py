@@ -5,6 +5,8 @@ On a CPU it is this process's anonymous memory (mapped files do not count); on a
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +26,14 @@ def anonymous_bytes() -> int:
     except OSError:
         pass
     return 0
+
+
+def release_freed() -> None:
+    """Give memory that was freed back to the system: glibc keeps large freed blocks, as if the model were larger."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 class Meter:

@@ -55,6 +55,10 @@ class Naming:
         renamed, pattern = self._renamed(name)
         return renamed if renamed in self.parameters and pattern is None else ""
 
+    def renamed(self, name: str) -> str:
+        """The name that transformers gives the tensor `name` while loading, whether the model has it or not."""
+        return self._renamed(name)[0]
+
     def _renamed(self, name: str) -> tuple[str, str | None]:
         from transformers.core_model_loading import rename_source_key
 

@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from anybit.checkpoints import open as open_checkpoint
-from anybit.hosts.filling import Assignment, Filler, assign, demand_filled
+from anybit.hosts.filling import Assignment, Filler, assign, demand_filled, wanted_dtype
 from anybit.planning.plan import plan_layers
 from anybit.platforms import detect
 
@@ -58,7 +58,7 @@ class AnybitQuantizer(HfQuantizer):  # type: ignore[misc]
         name = str(dtype).removeprefix("torch.")
         plan = plan_layers(self.checkpoint, detect("cpu" if first.type == "cpu" else str(first)), dtype=name)
         plan.demand_complete()
-        assignment = assign(model, self.checkpoint, plan)
+        assignment = assign(model, self.checkpoint, plan, only_quantized=True)
         self._leave_to_us(model, assignment)
         self.filler = Filler(
             model, self.checkpoint, plan, assignment, dtype, device_of=lambda path: _device_for(path, device_map)
@@ -69,9 +69,14 @@ class AnybitQuantizer(HfQuantizer):  # type: ignore[misc]
         ours = [*assignment.modules.values()]
         ours += [name for roles in assignment.experts.values() for by in roles.values() for name in by.values()]
         tensors = {t for name in ours for t in self.checkpoint.layers[name].tensors.values()}
-        ignored = [f"^{re.escape(name)}$" for name in sorted(tensors | set(assignment.unused))]
+        names = tensors | set(assignment.unused)
+        names |= {assignment.naming.renamed(name) for name in names}
         prefix = f"{model.base_model_prefix}."
-        ignored += [f"^{re.escape(name.removeprefix(prefix))}$" for name in sorted(tensors)]
+        names |= {name.removeprefix(prefix) for name in tensors}
+        ignored = [f"^{re.escape(name)}$" for name in sorted(names)]
+        replaced = {f"{path}.weight" for path in assignment.modules}
+        tied = model.all_tied_weights_keys  # of a packed table nothing can be tied: our head reads it
+        model.all_tied_weights_keys = {k: v for k, v in tied.items() if k not in replaced and v not in replaced}
         known = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = known | set(ignored)
 
@@ -79,6 +84,9 @@ class AnybitQuantizer(HfQuantizer):  # type: ignore[misc]
         assert self.filler is not None
         with torch.no_grad():
             self.filler.fill(with_plain=False)
+            for name, parameter in model.named_parameters():  # transformers 5.17 leaves renamed ones in the file's dtype
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(wanted_dtype(model, name, self.filler.dtype))
         demand_filled(model, self.filler.assignment.unused)
         return model
 

@@ -145,11 +145,19 @@ def enable() -> None:
             source = _source_of(config)
             if source is not None:
                 config.quantization_config = AnybitConfig(source=str(source)).to_dict()
+                _name_weights(config, source)
                 quantization_config = None
         return original(config, quantization_config, *args, **kwargs)
 
     take_over.is_anybit = True  # type: ignore[attr-defined]
     modeling.get_hf_quantizer = take_over  # type: ignore[assignment]
+
+
+def _name_weights(config: Any, folder: Path) -> None:
+    """Tell transformers the name of the one weight file where a tool chose its own (AutoGPTQ does)."""
+    files = [file.name for file in folder.glob("*.safetensors")]
+    if len(files) == 1 and files[0] != "model.safetensors":
+        config.transformers_weights = files[0]
 
 
 def _source_of(config: Any) -> Path | None:

@@ -86,7 +86,7 @@ class QuantizedActivation:
     kept: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        """x as the product sees it: [.., M, K] float32, one rounding an element."""
+        """The values that the product sees: [.., M, K] float32, one rounding an element."""
         if self.zero_point is None:
             value = decode(self.element, self.codes)
         else:
@@ -188,8 +188,7 @@ def _static(tensors: Tensors, name: str, x: Tensor) -> Tensor:
 
 def _nan_rows(scale: Tensor, x: Tensor) -> Tensor:
     """The scale with NaN for rows that hold NaN: integer codes cannot hold it."""
-    nan = x.isnan().any(-1, keepdim=True)
-    return torch.where(nan, torch.nan, scale) if bool(nan.any()) else scale
+    return torch.where(x.isnan().any(-1, keepdim=True), torch.nan, scale)
 
 
 def _shifted_codes(rounded: Tensor, zero_point: Tensor, element: str) -> Tensor:
@@ -227,7 +226,7 @@ def int8_token(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
 
 
 def int8_token_asym(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
-    """s = (max - min)/255, 0 not forced into the range, z = round(-128 - min/s) unclamped; a constant row gives 0."""
+    """Scale (max - min)/255, 0 not forced into the range, z = round(-128 - min/s) unclamped; a constant row gives 0."""
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     s = quotient(high - low, 255)
     constant = s == 0
@@ -263,7 +262,7 @@ def llm_int8(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
 
 
 def torchao_int8_token(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
-    """s = max(absmax/127.5, 2^-23), x * (1/s): the largest value is clipped. Element int7 is torchao's reduce_range."""
+    """Scale max(absmax/127.5, 2^-23), x * (1/s): the largest value is clipped. Element int7 is reduce_range."""
     half_range = (2 ** number_format(spec.element).bits - 1) / 2
     s = quotient(_absmax(x, spec), half_range).clamp(min=FLOAT32_EPS)
     size = _group_size(spec)
@@ -284,7 +283,7 @@ def torchao_int8_token_asym(
 
 
 def int4_group(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
-    """s = absmax/7.5 for each group, x / s, clamp(-8, 7); a zero group has s = 2^-23."""
+    """Scale s = absmax/7.5 for each group, x / s, clamp(-8, 7); a zero group has s = 2^-23."""
     s = quotient(_absmax(x, spec), 7.5)
     s = torch.where(s == 0, FLOAT32_EPS, s)
     size = _group_size(spec)
@@ -301,21 +300,21 @@ def fp8_static(x: Tensor, spec: Spec, tensors: Tensors, *, divide: bool = False)
 
 
 def fp8_tensor(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
-    """s = absmax/448 of the whole call, x * (1/s)."""
+    """Scale s = absmax/448 of the whole call, x * (1/s)."""
     whole = x.abs().amax() if x.numel() else x.new_zeros(())
     s = quotient(whole, E4M3_MAX).reshape((1,) * x.dim())
     return QuantizedActivation(encode(spec.element, x * torch.where(s == 0, 0.0, 1 / s)), spec.element, s)
 
 
 def fp8_token(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
-    """s = max(min(absmax, bound)/448, 1/(448*512)), x / s."""
+    """Scale s = max(min(absmax, bound)/448, 1/(448*512)), x / s."""
     a = _row_max(x) if spec.bound is None else _row_max(x).clamp(max=spec.bound)
     s = quotient(a, E4M3_MAX).clamp(min=TOKEN_FLOOR)
     return QuantizedActivation(encode(spec.element, x / s), spec.element, s)
 
 
 def fp8_group(x: Tensor, spec: Spec, tensors: Tensors, *, divide: bool = False) -> QuantizedActivation:
-    """s = max(absmax, 1e-10)/448 for each group, x * (1/s), or x / s."""
+    """Scale s = max(absmax, 1e-10)/448 for each group, x * (1/s), or x / s."""
     s = quotient(_absmax(x, spec).clamp(min=GROUP_FLOOR), E4M3_MAX)
     size = _group_size(spec)
     codes = encode(spec.element, _each(x, s, size, _over) if divide else _each(x, 1 / s, size, _times))
@@ -323,7 +322,7 @@ def fp8_group(x: Tensor, spec: Spec, tensors: Tensors, *, divide: bool = False) 
 
 
 def fp8_group_ue8m0(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
-    """s = 2^ceil(log2(max(absmax/448, 1e-10))) through the float32 log2, x / s."""
+    """Scale s = 2^ceil(log2(max(absmax/448, 1e-10))) through the float32 log2, x / s."""
     s = quotient(_absmax(x, spec).clamp(min=GROUP_FLOOR), E4M3_MAX)
     exponent = s.clamp(min=GROUP_FLOOR).log2().ceil()
     codes = (exponent.nan_to_num(0.0).clamp(-127, 127) + 127).to(torch.uint8).masked_fill_(exponent.isnan(), 255)
@@ -331,7 +330,7 @@ def fp8_group_ue8m0(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivat
 
 
 def torchao_fp8_token(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
-    """s = absmax/448 without a floor, x / s; a zero row gives 0 (torchao's own path gives NaN)."""
+    """Scale s = absmax/448 without a floor, x / s; a zero row gives 0 (torchao's own path gives NaN)."""
     a = _absmax(x, spec)
     s = quotient(a if spec.bound is None else a.clamp(max=spec.bound), E4M3_MAX)
     size = _group_size(spec)
@@ -376,7 +375,7 @@ def mx_rceil_torchao(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActiva
 
 
 def _nvfp4(x: Tensor, spec: Spec, g: Tensor, vanished: float) -> QuantizedActivation:
-    """vLLM's ref_nvfp4_quant: block scale e4m3(G * (a * 1/6)), x * (1/(s * (1/G))), value q * (s/G).
+    """As vLLM's ref_nvfp4_quant: block scale e4m3(G * (a * 1/6)), x * (1/(s * (1/G))), value q * (s/G).
 
     `vanished` is the factor of a block whose scale rounds to 0: its codes are 0 whichever it is, but for their sign.
     """
@@ -419,7 +418,7 @@ def torchao_nvfp4(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivatio
 
 
 def amdfp4(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
-    """s = ue5m3(absmax/6), 0 becomes 2^-23; x / s."""
+    """Scale s = ue5m3(absmax/6), 0 becomes 2^-23; x / s."""
     s = decode("ue5m3", encode("ue5m3", quotient(_absmax(x, spec), 6)))
     s = torch.where(s == 0, FLOAT32_EPS, s)
     size = _group_size(spec)

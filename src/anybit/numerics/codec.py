@@ -71,7 +71,7 @@ def encode(format: str, x: Tensor, *, rounding: Rounding = "even") -> Tensor:
     spec = number_format(format)
     if x.numel() <= _CHUNK or x.device.type != "cpu":
         return _encode(spec, x.float(), rounding)
-    codes = torch.empty(x.numel(), dtype=torch.int8 if spec.kind == "int" else torch.uint8)
+    codes = torch.empty(x.numel(), dtype=torch.int8 if spec.kind == "int" else torch.uint8, device=x.device)
     flat = x.flatten()
     for start in range(0, flat.numel(), _CHUNK):
         codes[start : start + _CHUNK] = _encode(spec, flat[start : start + _CHUNK].float(), rounding)

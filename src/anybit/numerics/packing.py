@@ -141,7 +141,7 @@ def pack_stream(codes: Tensor, bits: int, word_dtype: torch.dtype = torch.uint8)
         data[..., first] |= codes[..., i] << shift
         if shift + bits > 8:
             data[..., first + 1] |= codes[..., i] >> (8 - shift)
-    size = torch.empty(0, dtype=word_dtype).element_size()
+    size = word_dtype.itemsize
     words = -(-count * bits // (8 * size))
     data = _fit(data.flatten(-2), words * size)
     # a clone has regular strides; contiguous() keeps odd ones of dimensions of size 1, which a wider view refuses
@@ -166,7 +166,7 @@ def unpack_fields(words: Tensor, bits: int, count: int | None = None) -> Tensor:
 
 def pack_fields(codes: Tensor, bits: int, word_dtype: torch.dtype = torch.int32) -> Tensor:
     """Inverse of `unpack_fields`: codes [.., K] uint8 < 2^bits -> [.., ceil(K / fields)] words."""
-    width = torch.empty(0, dtype=word_dtype).element_size() * 8
+    width = word_dtype.itemsize * 8
     fields = width // bits
     words = -(-codes.shape[-1] // fields)
     runs = _runs(_fit(codes, words * fields), fields).to(torch.int64)

@@ -96,7 +96,7 @@ def _safe(scale: Tensor) -> Tensor:
 def _nvfp4(weight: Tensor, absmax: Tensor) -> _Slab:
     """ModelOpt's two levels: s2 = A/(6*448), s1 = e4m3(a/(6*s2)) in [2^-9, 448], codes of x/(s1*s2)."""
     recipe = NVFP4_RECIPES["modelopt"]
-    s2 = _safe(recipe.global_scale(absmax))
+    s2 = recipe.global_scale(absmax)
     codes, s1, _ = recipe.quantize(_groups(weight, 16), s2.unsqueeze(-1))
     return _Slab(codes.flatten(-2), s1, global_scale=s2)
 
@@ -115,19 +115,19 @@ def _mx(weight: Tensor, absmax: Tensor, *, element: str, exponent: str) -> _Slab
 
 
 def _fp8_per_tensor(weight: Tensor, absmax: Tensor) -> _Slab:
-    """s = absmax/448 of the matrix, codes of x/s: vLLM's and ModelOpt's."""
+    """Scale s = absmax/448 of the matrix, codes of x/s: vLLM's and ModelOpt's."""
     scale = quotient(absmax, 448)
     return _Slab(encode("fp8_e4m3fn", weight / _safe(scale)), None, global_scale=scale)
 
 
 def _fp8_per_channel(weight: Tensor, absmax: Tensor) -> _Slab:
-    """s = absmax/448 of a row, codes of x/s."""
+    """Scale s = absmax/448 of a row, codes of x/s."""
     scale = quotient(weight.abs().amax(-1, keepdim=True), 448)
     return _Slab(encode("fp8_e4m3fn", weight / _safe(scale)), scale)
 
 
 def _fp8_per_block(weight: Tensor, absmax: Tensor) -> _Slab:
-    """s = absmax/448 for each block of 128 x 128, the last ones short; DeepSeek's layout."""
+    """Scale s = absmax/448 for each block of 128 x 128, the last ones short; DeepSeek's layout."""
     rows, columns = weight.shape[-2:]
     padded = pad(weight, (0, -columns % 128, 0, -rows % 128))
     lead = padded.shape[:-2]
@@ -138,13 +138,13 @@ def _fp8_per_block(weight: Tensor, absmax: Tensor) -> _Slab:
 
 
 def _int8_per_channel(weight: Tensor, absmax: Tensor) -> _Slab:
-    """s = absmax/127 of a row, codes -127 to 127: vLLM's and SmoothQuant's."""
+    """Scale s = absmax/127 of a row, codes -127 to 127: vLLM's and SmoothQuant's."""
     scale = symmetric_scale(weight.abs().amax(-1, keepdim=True), 8)
     return _Slab(encode("int8", weight / _safe(scale)), scale)
 
 
 def _int8_per_channel_asym(weight: Tensor, absmax: Tensor) -> _Slab:
-    """s = (max - min)/255 with 0 in the range, code = round(x/s) + z."""
+    """Scale s = (max - min)/255 with 0 in the range, code = round(x/s) + z."""
     low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
     scale, zero_point = asymmetric_scale(low, high, 8)
     codes = ((weight / _safe(scale)).round() + zero_point).clamp(-128, 127).to(torch.int8)
@@ -171,7 +171,7 @@ def _int4_symmetric(weight: Tensor, absmax: Tensor, *, group_size: int) -> _Slab
 
 
 def _uint4_asymmetric(weight: Tensor, absmax: Tensor, *, group_size: int) -> _Slab:
-    """s = (max - min)/15 in bfloat16 with 0 in the range, z = round(-min/s), code = round(x/s) + z in 0 to 15.
+    """Scale s = (max - min)/15 in bfloat16 with 0 in the range, z = round(-min/s), code = round(x/s) + z in 0 to 15.
 
     Error in groups of 32: .0809 (t .0928), against .0897 (.113) of the symmetric rule.
     """

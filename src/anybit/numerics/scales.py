@@ -7,6 +7,7 @@ Sources: docs/formats/numerics.md §5, §6, §8.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -29,12 +30,10 @@ __all__ = [
 ]
 
 _SMALLEST_NORMAL: Final = 2.0**-126
-_FLOAT32_EPS: Final = 2.0**-23
-_INFINITY_BITS: Final = 0x7F80_0000
 
 
 def quotient(a: Tensor | float, b: Tensor | float) -> Tensor:
-    """a / b in float32 with one rounding, on every device; at least one of them a tensor.
+    """The quotient a / b in float32, rounded once, on every device; at least one of them a tensor.
 
     torch means something else: `number / tensor` is the reciprocal times the number, and on GPUs `tensor / number` is a
     product with 1/number, each rounded twice. (`1 / tensor` and `tensor / tensor` are true divisions.)
@@ -50,8 +49,7 @@ def quotient(a: Tensor | float, b: Tensor | float) -> Tensor:
 
 def largest_exponent(format: str) -> int:
     """Exponent emax of the format's largest power of two: fp4 2, e2m3 2, e3m2 4, e4m3 8, e5m2 15."""
-    _, exponent = torch.frexp(torch.tensor(number_format(format).maximum))
-    return int(exponent) - 1
+    return math.frexp(number_format(format).maximum)[1] - 1
 
 
 def shared_exponent(recipe: str, absmax: Tensor, format: str) -> Tensor:
@@ -87,10 +85,9 @@ def _floor(absmax: Tensor, spec: NumberFormat) -> Tensor:
 
 
 def _even(absmax: Tensor, spec: NumberFormat) -> Tensor:
-    """absmax rounded half up to the element's mantissa bits, in the bits of the float, then floor."""
+    """The absmax rounded half up to the element's mantissa bits, in the bits of the float, then floor."""
     rounded = absmax.view(torch.int32) + (1 << (22 - spec.mantissa))
-    field = rounded.clamp(max=_INFINITY_BITS) >> 23  # infinity must not carry into the sign
-    return (field - 127 - _emax(spec)).float()
+    return ((rounded >> 23) - 127 - _emax(spec)).float()
 
 
 def _ceil(absmax: Tensor, spec: NumberFormat) -> Tensor:
@@ -191,7 +188,12 @@ def _modelopt_block(a: Tensor, s2: Tensor) -> Tensor:
 
 def _compressed_tensors_block(a: Tensor, g: Tensor) -> Tensor:
     codes = _e4m3(quotient(g * a, 6))
-    return torch.where(codes == 0, _e4m3(torch.tensor(0.125)), codes)  # 0.125 is the eps of e4m3
+    return codes.masked_fill(codes == 0, 0x20)  # 0.125, the eps of e4m3
+
+
+def _multiplier(amax: Tensor) -> Tensor:
+    s2 = quotient(amax, 6 * 448)
+    return torch.where(s2 == 0, 1.0, s2)  # a tensor of zeros, or of nothing above 2^-139
 
 
 def _divisor(amax: Tensor) -> Tensor:
@@ -212,7 +214,7 @@ SIXTH: Final = 0.16666667163372040  # float32(1/6)
 
 NVFP4_RECIPES: Final[Mapping[str, Nvfp4Recipe]] = {
     "modelopt": Nvfp4Recipe(
-        global_scale=lambda amax: quotient(amax, 6 * 448),
+        global_scale=_multiplier,
         block_scale=_modelopt_block,
         scaled=lambda x, s1, s2: x / (s1 * s2),
         value=lambda v, s1, s2: v * s1 * s2,
@@ -230,7 +232,7 @@ NVFP4_RECIPES: Final[Mapping[str, Nvfp4Recipe]] = {
         value=lambda v, s1, g: v * (s1 / g),
     ),
     "torchao": Nvfp4Recipe(
-        global_scale=lambda amax: quotient(amax, 448 * 6),
+        global_scale=_multiplier,
         block_scale=lambda a, s2: _e4m3((quotient(a, 6) / s2).clamp(2.0**-6, 448)),
         scaled=lambda x, s1, s2: x * ((1 / s2) / s1),
         value=lambda v, s1, s2: v * (s1 * s2),
@@ -242,7 +244,7 @@ NVFP4_RECIPES: Final[Mapping[str, Nvfp4Recipe]] = {
         value=lambda v, s1, _: v * s1,
     ),
     "quark": Nvfp4Recipe(
-        global_scale=lambda amax: quotient(amax, 6 * 448),
+        global_scale=_multiplier,
         block_scale=_quark_block,
         scaled=lambda x, s1, s2: x / (s1 * s2),
         value=lambda v, s1, s2: v * (s1 * s2),
@@ -254,7 +256,7 @@ NVFP4_RECIPES: Final[Mapping[str, Nvfp4Recipe]] = {
 
 
 def symmetric_scale(absmax: Tensor, bits: int, *, half: bool = False) -> Tensor:
-    """absmax / (2^(bits-1) - 1), or with `half` absmax / ((2^bits - 1) / 2): 127.5, 7.5, where the largest is clipped.
+    """Scale absmax / (2^(bits-1) - 1), or with `half` absmax / ((2^bits - 1) / 2): 127.5, 7.5; it clips the largest.
 
     Quark and compressed-tensors quantize weights with half, torchao activations too; vLLM and most others without.
     """

@@ -248,7 +248,7 @@ def _activation(keys: JSON, where: str) -> tuple[ActivationSpec | None, tuple[st
     if kind in ("mx_fp", f"mx_fp{bits}") and bits in _MX_ELEMENTS and is_dynamic:
         return ActivationSpec(_MX_ELEMENTS[bits], True, "group", "mx_floor_autoround", group_size=32), ()
     if kind.startswith("nv_fp") and bits == 4:
-        return ActivationSpec("fp4_e2m1", False, "group", "nvfp4", group_size=16), ()
+        return ActivationSpec("fp4_e2m1", True, "group", "nvfp4", group_size=16), ()  # the global scale is static
     if kind == "fp" and bits == 8:
         return _fp8_activation(keys, is_dynamic, where), ()
     return None, (f"activations declared as {kind} of {bits} bits are not quantized: weight-only",)

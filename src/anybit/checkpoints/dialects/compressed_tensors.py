@@ -98,7 +98,6 @@ def _refuse_uncompressed(contents: Contents, config: Config, modules: Collection
                           wanted="codes", remedy=remedy)
 
 
-
 def canonicalize(layer: Layer, tensors: Mapping[str, Tensor]) -> QuantizedWeight | Dense:
     """The canonical weight, codes kept packed as the file packs them where packing runs along K.
 

@@ -37,7 +37,8 @@ E4M3: Final = "fp8_e4m3fn"
 _FP8: Final = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _E8M0: Final = ("F8_E8M0", "U8")
 _SCALES: Final = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")  # all multiply, "inv" too
-_STATIC: Final = ("input_scale", "activation_scale")
+_STATIC: Final = ("input_scale", "activation_scale", "qscale_act")
+_IGNORED: Final = ("ignored_layers", "modules_to_not_convert")
 _EXPERT: Final = re.compile(r"(.+\.experts)\.(\d{1,6})\.(gate_proj|up_proj|down_proj)")
 _WRONG_CONFIG: Final = "use the config.json that was written with these weights"
 
@@ -49,11 +50,13 @@ class Config:
     block       (rows, cols) that share a scale, None where a scale serves a tensor
     is_static   activation scales are in the file
     is_ue8m0    scales, those of activations too, are powers of two
+    ignored     names that the config calls unquantized; the tensors decide
     """
 
     block: Block | None
     is_static: bool
     is_ue8m0: bool
+    ignored: frozenset[str] = frozenset()
 
     def activation(self, scale_dtype: str) -> ActivationSpec:
         """The activation arithmetic of docs/formats/fp8.md §7 for a module whose scales are stored so."""
@@ -107,7 +110,8 @@ def read_config(raw: JSON) -> Config:
         raise Unsupported("block scales with static activations", where=WHERE,
                           found=f"weight_block_size {list(block)}, activation_scheme static",
                           wanted="activation_scheme dynamic", remedy=_WRONG_CONFIG)
-    return Config(block, scheme == "static", values.text(raw, "scale_fmt", WHERE) == "ue8m0")
+    ignored = {name for key in _IGNORED for name in values.strings(raw, key, WHERE)}
+    return Config(block, scheme == "static", values.text(raw, "scale_fmt", WHERE) == "ue8m0", frozenset(ignored))
 
 
 def read_block(value: object) -> Block | None:
@@ -142,7 +146,8 @@ def _module(contents: Contents, module: str, config: Config) -> Layer:
     if scale is None:
         scale = need(contents, f"{module}.{_SCALES[0]}", module)
     activation = None if module.rpartition(".")[2] in EMBEDDINGS else config.activation(scale.dtype)
-    return float8_layer(contents, module, scale, _block_of(scale, config), activation)
+    notes = ("the configuration calls it unquantized; its tensors decide",) if module in config.ignored else ()
+    return float8_layer(contents, module, scale, _block_of(scale, config), activation, notes)
 
 
 def _block_of(scale: TensorInfo, config: Config) -> Block:

@@ -294,7 +294,7 @@ def _half_split_rows(rows: int, heads: int, like: Tensor) -> Tensor:
 
 
 def _refuse_largest_exponent(exponents: Tensor, layer: Layer) -> None:
-    """ggml reads exponent 255 as 2^127 and everyone else as NaN; a canonical e8m0 cannot say the former."""
+    """Exponent 255 is 2^127 for ggml and NaN for everyone else; a canonical e8m0 cannot say the former."""
     count = int((exponents == 255).sum())
     if count:
         raise Unsupported("an MXFP4 block has exponent 255", where=layer.name, found=f"{count} blocks",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from anybit.errors import DeviceProblem
+from anybit.kernels.linear.tiled_torch import as_bits
 from anybit.kernels.native.planes import Planes as NativePlanes
 from anybit.kernels.native.planes import from_weight
 from anybit.kernels.request import Regime
@@ -24,7 +25,7 @@ class StoredPlanes:
 
     def tensors(self) -> dict[str, Tensor]:
         """The buffers, numbered; the library holds their addresses."""
-        return {str(i): tensor for i, tensor in enumerate(self._planes.buffers)}
+        return {str(i): as_bits(tensor) for i, tensor in enumerate(self._planes.buffers)}
 
     def bind(self, tensors: dict[str, Tensor]) -> None:
         """Refuse a move: the layout is the CPU library's own."""

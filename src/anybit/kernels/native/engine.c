@@ -15,7 +15,7 @@
 #define ROWS 4         /* rows of W at once */
 #define TOKENS 8       /* rows of x at once */
 #define PIECE 4096     /* columns at once for one token */
-#define MANY_PIECE 512 /* ... for several: 4 x 512 decoded weights and 8 x 512 inputs stay in the first-level cache */
+#define MANY_PIECE 2048 /* ... for several: their x stays in the first-level cache */
 #define BLOCK 32
 #define UNITS (PIECE / 16 + 16) /* scales of a row's piece at most, and room for a vector */
 
@@ -280,23 +280,33 @@ INLINE void block(const anybit_weight *w, const pieces *p, int r, int64_t b, con
         out[i] = i < VECTORS / 2 ? apply(offset_kind, out[i], s, o) : apply(offset_kind, out[i], s2, o2);
 }
 
-/* Adds four rows' products with one x over `blocks` blocks to sums. */
-INLINE void dot_body(const anybit_weight *w, const pieces *p, int64_t blocks, const float *x, float *sums,
-                     const int kind, const int bits, const int is_signed, const int offset_kind, const int unit) {
+/* Adds the products of four rows with `tokens` rows of x, from column `from`, over `blocks` blocks to sums. */
+INLINE void dot_body(const anybit_weight *w, const pieces *p, int64_t blocks, const float *const *x, int64_t from,
+                     float (*sums)[ROWS], const int tokens, const int kind, const int bits, const int is_signed,
+                     const int offset_kind, const int unit) {
+    /* independent sums for each row and token, as additions take time; with short vectors the four rows suffice */
+    const int chains = tokens == 1 && WIDTH == 16 ? 2 : 1;
     const table values = table_of(w->table);
-    vec sum[ROWS][2];
-    for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = zero();
+    vec sum[ROWS][MOST_TOKENS + 1];
+    for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < tokens * chains; i++) sum[r][i] = zero();
     for (int64_t b = 0; b < blocks; b++) {
-        vec in[VECTORS];
-        for (int i = 0; i < VECTORS; i++) in[i] = load(x + BLOCK * b + WIDTH * i);
+        vec in[MOST_TOKENS][VECTORS];
+        for (int t = 0; t < tokens; t++)
+            for (int i = 0; i < VECTORS; i++) in[t][i] = load(x[t] + from + BLOCK * b + WIDTH * i);
         for (int r = 0; r < ROWS; r++) {
             vec weights[VECTORS];
             block(w, p, r, b, kind, bits, is_signed, offset_kind, unit, &values, weights);
-            for (int i = 0; i < VECTORS; i++) sum[r][i % 2] = fused(weights[i], in[i], sum[r][i % 2]);
+            for (int t = 0; t < tokens; t++)
+                for (int i = 0; i < VECTORS; i++) {
+                    vec *to = &sum[r][t * chains + i % chains];
+                    *to = fused(weights[i], in[t][i], *to);
+                }
         }
     }
-    add_totals(add(sum[0][0], sum[0][1]), add(sum[1][0], sum[1][1]), add(sum[2][0], sum[2][1]),
-               add(sum[3][0], sum[3][1]), sums);
+    if (chains == 2)
+        for (int r = 0; r < ROWS; r++) sum[r][0] = add(sum[r][0], sum[r][1]);
+    for (int t = 0; t < tokens; t++) add_totals(sum[0][t], sum[1][t], sum[2][t], sum[3][t], sums[t]);
 }
 
 /* Writes the weights of blocks [first, first + blocks) of a piece. */
@@ -310,9 +320,11 @@ INLINE void expand_body(const anybit_weight *w, const pieces *p, int r, int64_t 
     }
 }
 
+typedef void dot_function(const anybit_weight *, const pieces *, int64_t, const float *const *, int64_t, float (*)[ROWS]);
+
 typedef struct {
     int unit;
-    void (*dot)(const anybit_weight *, const pieces *, int64_t, const float *, float *);
+    dot_function *dot[3]; /* for 1, 2 and 4 tokens */
     void (*expand)(const anybit_weight *, const pieces *, int, int64_t, int64_t, float *);
 } instance;
 
@@ -329,22 +341,36 @@ typedef struct {
     X(3, 32, 0, 0, 32) X(3, 16, 0, 0, 32) X(3, 17, 0, 0, 32)
 
 #define NAME(what, kind, bits, is_signed, offset, unit) what##_##kind##_##bits##_##is_signed##_##offset##_##unit
-#define DEFINE(kind, bits, is_signed, offset, unit) \
-    static void NAME(dot, kind, bits, is_signed, offset, unit)(const anybit_weight *w, const pieces *p, int64_t blocks, \
-                                                               const float *x, float *sums) { \
-        dot_body(w, p, blocks, x, sums, kind, bits, is_signed, offset, unit); \
-    } \
+#define DEFINE_DOT(tokens, kind, bits, is_signed, offset, unit) \
+    static void NAME(dot##tokens, kind, bits, is_signed, offset, unit)(const anybit_weight *w, const pieces *p, \
+                                                                       int64_t blocks, const float *const *x, \
+                                                                       int64_t from, float (*sums)[ROWS]) { \
+        dot_body(w, p, blocks, x, from, sums, tokens, kind, bits, is_signed, offset, unit); \
+    }
+#define DEFINE_EXPAND(kind, bits, is_signed, offset, unit) \
     static void NAME(expand, kind, bits, is_signed, offset, unit)(const anybit_weight *w, const pieces *p, int r, \
                                                                   int64_t first, int64_t blocks, float *out) { \
         expand_body(w, p, r, first, blocks, out, kind, bits, is_signed, offset, unit); \
     }
+#if MOST_TOKENS == 4
+#define DOT4(...) NAME(dot4, __VA_ARGS__)
+#define DEFINE_DOT4(...) DEFINE_DOT(4, __VA_ARGS__)
+#else /* too few registers: two at a time */
+#define DOT4(...) 0
+#define DEFINE_DOT4(...)
+#endif
+#define DEFINE(...) \
+    DEFINE_DOT(1, __VA_ARGS__) DEFINE_DOT(2, __VA_ARGS__) DEFINE_DOT4(__VA_ARGS__) DEFINE_EXPAND(__VA_ARGS__)
 INSTANCES(DEFINE)
 
 #define KEY(kind, bits, is_signed, offset, unit) \
     ((kind) << 12 | (bits) << 6 | (is_signed) << 5 | (offset) << 1 | ((unit) == 16))
 #define CASE(kind, bits, is_signed, offset, unit) \
     case KEY(kind, bits, is_signed, offset, unit): \
-        return (instance){unit, NAME(dot, kind, bits, is_signed, offset, unit), NAME(expand, kind, bits, is_signed, offset, unit)};
+        return (instance){unit, \
+                          {NAME(dot1, kind, bits, is_signed, offset, unit), NAME(dot2, kind, bits, is_signed, offset, unit), \
+                           DOT4(kind, bits, is_signed, offset, unit)}, \
+                          NAME(expand, kind, bits, is_signed, offset, unit)};
 
 static int fills_blocks(const anybit_array *a, int64_t cols) {
     return !a->data || a->group % BLOCK == 0 || a->group >= cols;
@@ -356,11 +382,11 @@ static instance instance_for(const anybit_weight *w) {
     switch (KEY(w->kind, w->bits, w->is_signed, w->offset_kind, whole ? 32 : 16)) {
         INSTANCES(CASE)
     default:
-        return (instance){0, 0, 0};
+        return (instance){0, {0, 0, 0}, 0};
     }
 }
 
-static int32_t check(const anybit_weight *w) { return instance_for(w).dot ? ANYBIT_OK : ANYBIT_BAD_WEIGHT; }
+static int32_t check(const anybit_weight *w) { return instance_for(w).expand ? ANYBIT_OK : ANYBIT_BAD_WEIGHT; }
 
 /* ---- rows ------------------------------------------------------------------------------------------------------ */
 
@@ -378,79 +404,32 @@ static void expand_tail(const anybit_weight *w, const instance *f, const pieces 
     for (int64_t i = columns; i < BLOCK; i++) out[i] = 0.0f;
 }
 
-/* Adds four decoded rows (of `stride` floats) times `tokens` rows of x to acc[row][token]. */
-INLINE void tile_body(const float *weights, int64_t stride, const float *const *x, int64_t from, int64_t columns,
-                      vec (*acc)[TOKENS], const int tokens) {
-    vec sum[ROWS][TILE_TOKENS];
-    for (int r = 0; r < ROWS; r++)
-        for (int t = 0; t < tokens; t++) sum[r][t] = acc[r][t];
-    for (int64_t k = 0; k < columns; k += WIDTH) {
-        vec row[ROWS];
-        for (int r = 0; r < ROWS; r++) row[r] = load(weights + r * stride + k);
-        for (int t = 0; t < tokens; t++) {
-            const vec in = load(x[t] + from + k);
-            for (int r = 0; r < ROWS; r++) sum[r][t] = fused(row[r], in, sum[r][t]);
-        }
-    }
-    for (int r = 0; r < ROWS; r++)
-        for (int t = 0; t < tokens; t++) acc[r][t] = sum[r][t];
-}
-
-static void tile(const float *weights, int64_t stride, const float *const *x, int64_t from, int64_t columns,
-                 vec (*acc)[TOKENS], int64_t tokens) {
-    for (int64_t t = 0; t < tokens; t += TILE_TOKENS) {
-        vec(*to)[TOKENS] = (vec(*)[TOKENS]) & acc[0][t];
-        switch (tokens - t < TILE_TOKENS ? tokens - t : TILE_TOKENS) {
-        case 1:
-            tile_body(weights, stride, x + t, from, columns, to, 1);
-            break;
-        case 2:
-            tile_body(weights, stride, x + t, from, columns, to, 2);
-            break;
-#if TILE_TOKENS > 2
-        case 3:
-            tile_body(weights, stride, x + t, from, columns, to, 3);
-            break;
-        default:
-            tile_body(weights, stride, x + t, from, columns, to, TILE_TOKENS);
-            break;
-#endif
-        }
-    }
-}
-
 /* Products of four rows with `tokens` rows of x; `tails` holds the x of the partial block, padded. */
 static void products(const anybit_weight *w, const instance *f, int64_t expert, const int64_t *rows,
                      const float *const *x, const float (*tails)[BLOCK], int64_t tokens, float (*sums)[ROWS]) {
     const int64_t whole = w->cols & ~(int64_t)(BLOCK - 1), rest = w->cols - whole;
+    const int64_t most = tokens == 1 ? PIECE : MANY_PIECE;
     pieces p;
     memset(sums, 0, (size_t)tokens * sizeof *sums);
-    if (tokens == 1) {
-        for (int64_t from = 0; from < whole; from += PIECE) {
-            const int64_t columns = whole - from < PIECE ? whole - from : PIECE;
-            fetch(w, expert, rows, ROWS, from, columns, f->unit, &p);
-            f->dot(w, &p, columns / BLOCK, x[0] + from, sums[0]);
-        }
-        if (!rest) return;
-    }
-    vec acc[ROWS][TOKENS];
-    float weights[ROWS * MANY_PIECE];
-    for (int r = 0; r < ROWS; r++)
-        for (int64_t t = 0; t < tokens; t++) acc[r][t] = zero();
-    for (int64_t from = 0; tokens > 1 && from < whole; from += MANY_PIECE) {
-        const int64_t columns = whole - from < MANY_PIECE ? whole - from : MANY_PIECE;
+    for (int64_t from = 0; from < whole; from += most) {
+        const int64_t columns = whole - from < most ? whole - from : most;
         fetch(w, expert, rows, ROWS, from, columns, f->unit, &p);
-        for (int r = 0; r < ROWS; r++) f->expand(w, &p, r, 0, columns / BLOCK, weights + r * MANY_PIECE);
-        tile(weights, MANY_PIECE, x, from, columns, acc, tokens);
+        for (int64_t t = 0, step; t < tokens; t += step) {
+            step = tokens - t < 2 ? 1 : tokens - t < MOST_TOKENS ? 2 : MOST_TOKENS;
+            f->dot[step / 2](w, &p, columns / BLOCK, x + t, from, sums + t);
+        }
     }
-    if (rest) {
-        const float *tail[TOKENS];
-        for (int64_t t = 0; t < tokens; t++) tail[t] = tails[t];
-        fetch(w, expert, rows, ROWS, whole, rest, f->unit, &p);
-        for (int r = 0; r < ROWS; r++) expand_tail(w, f, &p, r, 0, rest, weights + r * BLOCK);
-        tile(weights, BLOCK, tail, 0, BLOCK, acc, tokens);
+    if (!rest) return;
+    fetch(w, expert, rows, ROWS, whole, rest, f->unit, &p);
+    for (int r = 0; r < ROWS; r++) {
+        float weights[BLOCK];
+        expand_tail(w, f, &p, r, 0, rest, weights);
+        for (int64_t t = 0; t < tokens; t++) {
+            vec sum = zero();
+            for (int i = 0; i < BLOCK; i += WIDTH) sum = fused(load(weights + i), load(tails[t] + i), sum);
+            sums[t][r] += total(sum);
+        }
     }
-    for (int64_t t = 0; t < tokens; t++) add_totals(acc[0][t], acc[1][t], acc[2][t], acc[3][t], sums[t]);
 }
 
 /* ---- what a thread does --------------------------------------------------------------------------------------- */

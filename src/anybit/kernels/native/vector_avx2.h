@@ -4,7 +4,7 @@
 typedef __m256 vec;
 #define WIDTH 8
 #define VECTORS 4
-#define TILE_TOKENS 2
+#define MOST_TOKENS 2 /* rows of x that share decoded weights in registers */
 
 INLINE vec load(const float *p) { return _mm256_loadu_ps(p); }
 INLINE void store(float *p, vec v) { _mm256_storeu_ps(p, v); }
@@ -15,6 +15,11 @@ INLINE vec sub(vec a, vec b) { return _mm256_sub_ps(a, b); }
 INLINE vec mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
 INLINE vec divide(vec a, vec b) { return _mm256_div_ps(a, b); }
 INLINE vec fused(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE float total(vec v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 INLINE void add_totals(vec a, vec b, vec c, vec d, float *sums) { /* the sums over the lanes of four vectors at once */
     vec ab = add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
     vec cd = add(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));

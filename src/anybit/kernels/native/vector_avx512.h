@@ -4,7 +4,7 @@
 typedef __m512 vec;
 #define WIDTH 16
 #define VECTORS 2
-#define TILE_TOKENS 4
+#define MOST_TOKENS 4 /* rows of x that share decoded weights in registers */
 
 INLINE vec load(const float *p) { return _mm512_loadu_ps(p); }
 INLINE void store(float *p, vec v) { _mm512_storeu_ps(p, v); }
@@ -15,6 +15,7 @@ INLINE vec sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
 INLINE vec mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
 INLINE vec divide(vec a, vec b) { return _mm512_div_ps(a, b); }
 INLINE vec fused(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE float total(vec v) { return _mm512_reduce_add_ps(v); }
 INLINE void add_totals(vec a, vec b, vec c, vec d, float *sums) { /* the sums over the lanes of four vectors at once */
     vec ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     vec cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));

@@ -3,7 +3,7 @@
 typedef float vec __attribute__((vector_size(32)));
 #define WIDTH 8
 #define VECTORS 4
-#define TILE_TOKENS 2
+#define MOST_TOKENS 2 /* rows of x that share decoded weights in registers */
 
 INLINE vec load(const float *p) {
     vec v;

@@ -37,13 +37,16 @@ class Module:
 
     @property
     def weights(self) -> Args:
+        """The args of the group's weights."""
         assert self.group.weights is not None  # Targets gives groups with weights only
         return self.group.weights
 
     def tensor(self, leaf: str) -> TensorInfo | None:
+        """The module's tensor called so, if the files hold it."""
         return self.contents.tensors.get(f"{self.name}.{leaf}")
 
     def need(self, leaf: str) -> TensorInfo:
+        """The module's tensor called so; raises Inconsistent without it."""
         return need(self.contents, f"{self.name}.{leaf}", self.name)
 
     def kind(self) -> str:
@@ -60,6 +63,7 @@ class Module:
         return "mxfp6" if self.weights.bits == 6 else "mxfp4"
 
     def layer(self) -> Layer:
+        """The module as a Layer; raises Inconsistent or Unsupported with the module's name."""
         kind = self.kind()
         storage = _STORAGES[kind]
         if self.weights.type != storage.type or self.weights.bits not in storage.bits:

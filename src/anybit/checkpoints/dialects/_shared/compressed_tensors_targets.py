@@ -7,17 +7,15 @@ Rules: docs/formats/compressed_tensors.md §2.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Final
 
 from anybit.checkpoints.dialects._shared.compressed_tensors_config import WHERE, Config, Group
+from anybit.checkpoints.dialects._shared.joined_patterns import matching
 from anybit.checkpoints.patterns import Patterns
 from anybit.errors import Inconsistent
-from anybit.limits import MAX_PATTERN_CHARS
 
 _REGEX: Final = "re:"
-_BOUND_TO_ITS_PATTERN: Final = re.compile(r"\\[1-9gk]|\(\?")
 # the classes that hold codes, and the names that their hierarchy answers to
 _CLASSES: Final = {"Linear": ("Linear", "Module"), "Embedding": ("Embedding", "Module")}
 
@@ -33,9 +31,7 @@ class Targets:
         self._regexes = sorted(t for t in self._groups if t.startswith(_REGEX))
         self._patterns = Patterns.match(_patterns(self._regexes), where=f"{WHERE}.config_groups")
         self._ignored_names = {entry for entry in config.ignore if not entry.startswith(_REGEX)}
-        ignored = _patterns(config.ignore)
-        Patterns.match(ignored, where=f"{WHERE}.ignore")  # refuses a broken entry by its own text
-        self._ignored_patterns = Patterns.match(_joined(ignored), where=f"{WHERE}.ignore")
+        self._ignored_patterns = matching(_patterns(config.ignore), where=f"{WHERE}.ignore")
 
     def group_of(self, module: str, class_name: str) -> Group:
         """The group of a module that holds codes; Inconsistent if none targets it or `ignore` names it."""
@@ -62,21 +58,3 @@ class Targets:
 
 def _patterns(entries: Iterable[str]) -> list[str]:
     return [entry.removeprefix(_REGEX) for entry in entries if entry.startswith(_REGEX)]
-
-
-def _joined(patterns: list[str]) -> list[str]:
-    """The patterns, plain ones joined by alternation: 90,000 experts then cost one match each, not one a pattern.
-
-    Groups with `(?` and back-references keep their meaning alone only, so they stay alone.
-    """
-    plain = [p for p in patterns if not _BOUND_TO_ITS_PATTERN.search(p)]
-    joined: list[list[str]] = [[]]
-    length = 0
-    for pattern in plain:
-        length += len(pattern) + len("(?:)|")
-        if length > MAX_PATTERN_CHARS and joined[-1]:
-            joined.append([])
-            length = len(pattern) + len("(?:)|")
-        joined[-1].append(f"(?:{pattern})")
-    alone = [p for p in patterns if _BOUND_TO_ITS_PATTERN.search(p)]
-    return ["|".join(part) for part in joined if part] + alone

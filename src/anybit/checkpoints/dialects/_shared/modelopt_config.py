@@ -79,7 +79,7 @@ def read_settings(contents: Contents) -> Settings:
         where = "config.json: quantization_config"
         nested = values.table(inner, "quantization", where)  # some hubs nest the other file's content here
         said.append((where, _settings(nested or inner, where)))
-    side = contents.side.get(SIDE_FILE)
+    side = values.table(contents.side, SIDE_FILE, str(contents.path))
     if side:
         where = f"{SIDE_FILE}: quantization"
         said.append((where, _settings(values.table(side, "quantization", SIDE_FILE), where)))

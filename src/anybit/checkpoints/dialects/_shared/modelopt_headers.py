@@ -13,8 +13,8 @@ from typing import Final
 from anybit.checkpoints.checks import expect_dtype, expect_shape, need
 from anybit.checkpoints.contents import FLOAT_DTYPES, Contents, TensorInfo
 from anybit.checkpoints.dialects import plain
+from anybit.checkpoints.dialects._shared.joined_patterns import wildcards
 from anybit.checkpoints.dialects._shared.modelopt_config import LayerRule, Settings
-from anybit.checkpoints.patterns import Patterns
 from anybit.errors import Inconsistent, Unsupported
 from anybit.schemes import CHANNEL, TENSOR, ActivationSpec, Block, Layer, LayerKind, ScaleLevel, Scheme, group
 
@@ -36,11 +36,9 @@ def layers_with_codes(contents: Contents, settings: Settings) -> dict[str, Layer
 
 
 def _exclusion(settings: Settings) -> Callable[[str], bool]:
-    """Whether a wildcard names a module. Most end in their only star, one a layer: those are prefixes, and fast."""
-    prefixes = tuple(p[:-1] for p in settings.exclude if p.endswith("*") and not any(c in p[:-1] for c in "*?["))
-    others = [p for p in settings.exclude if p[:-1] not in prefixes or not p.endswith("*")]
-    patterns = Patterns.fnmatch(others, where="quantization_config.ignore")
-    return lambda module: module.startswith(prefixes) or patterns.first(module) is not None
+    """Whether a wildcard of the config names a module."""
+    joined, others = wildcards(settings.exclude, where="quantization_config.ignore")
+    return lambda module: joined.first(module) is not None or others.first(module) is not None
 
 
 def _modules_with_codes(contents: Contents) -> list[tuple[str, bool]]:
@@ -56,7 +54,8 @@ def _modules_with_codes(contents: Contents) -> list[tuple[str, bool]]:
             if f"{module}.weight_scale_inv" not in contents.tensors:
                 need(contents, f"{module}.weight_scale", module)
             modules.append((module, False))
-        elif f"{name}_weight_scale" in contents.tensors:
+        elif f"{name}_weight_scale" in contents.tensors or (len(info.shape) == 3 and not name.endswith("_scale")):
+            need(contents, f"{name}_weight_scale", name)
             modules.append((name, True))
     return modules
 

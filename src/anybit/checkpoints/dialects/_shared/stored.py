@@ -5,6 +5,9 @@ Pure functions on tensors; the one module of this folder that imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Final
+
 import torch
 from torch import Tensor
 
@@ -13,17 +16,14 @@ from anybit.errors import Damaged
 from anybit.numerics.packing import unpack_fields
 from anybit.weights import scale_values
 
-_REMEDY = "the file is damaged: download it again, or get it from its writer"
+_ELEMENTS_AT_ONCE: Final = 2**24
+_REMEDY: Final = "the file is damaged: download it again, or get it from its writer"
 
 
 def fp8_codes(stored: Tensor, where: str) -> Tensor:
     """Bytes of an e4m3fn weight, uint8 of the same shape; refuses the NaN codes 7F and FF, which no writer stores."""
     codes = stored.view(torch.uint8)
-    bad = (codes == 0x7F) | (codes == 0xFF)
-    if bool(bad.any()):
-        first = int(bad.flatten().byte().argmax())
-        raise Damaged("NaN codes in an fp8 weight", where=where,
-                      found=f"{int(bad.sum())}, the first at element {first}", wanted="none", remedy=_REMEDY)
+    _refuse_values(codes, lambda part: (part & 0x7F) == 0x7F, "NaN codes in an fp8 weight", where, "none")
     return codes
 
 
@@ -31,13 +31,23 @@ def int_codes(stored: Tensor, bits: int, where: str) -> Tensor:
     """Signed codes of `bits` bits that a file keeps one an int8; refuses values that do not fit."""
     most = 2 ** (bits - 1) - 1
     if bits < 8:
-        bad = (stored > most) | (stored < -most - 1)
-        if bool(bad.any()):
-            first = int(bad.flatten().byte().argmax())
-            raise Damaged(f"codes outside int{bits}", where=where,
-                          found=f"{int(stored.flatten()[first])} at element {first}", wanted=f"{-most - 1} … {most}",
-                          remedy=_REMEDY)
+        _refuse_values(stored, lambda part: (part > most) | (part < -most - 1), f"codes outside int{bits}", where,
+                       f"{-most - 1} … {most}")
     return stored
+
+
+def _refuse_values(
+    stored: Tensor, is_bad: Callable[[Tensor], Tensor], problem: str, where: str, wanted: str
+) -> None:
+    """Raise Damaged if an element is bad; a part at a time, so that masks of a large stack take little memory."""
+    flat = stored.flatten()
+    for start in range(0, flat.numel(), _ELEMENTS_AT_ONCE):
+        part = flat[start : start + _ELEMENTS_AT_ONCE]
+        bad = is_bad(part)
+        if bool(bad.any()):
+            first = int(bad.byte().argmax())
+            raise Damaged(problem, where=where, found=f"{int(part[first])} at element {start + first}", wanted=wanted,
+                          remedy=_REMEDY)
 
 
 def padded_codes(words: Tensor, bits: int, count: int) -> Tensor:

@@ -1,0 +1,135 @@
+"""From a name on the command line to a loaded model: what `run`, `chat` and `eval` share.
+
+torch and transformers take most of the start; they are imported on a thread while headers are read and planned.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+from anybit.checkpoints import Checkpoint, open as open_checkpoint
+from anybit.cli.explain import UnitGroup, fold_units
+from anybit.cli.output import Output, shown, size
+
+if TYPE_CHECKING:
+    from anybit.hosts.transformers import Loading
+
+# heaviest first; each is needed by every model
+_HEAVY: Final = (
+    "torch",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "anybit.hosts.transformers",
+    "anybit.hosts.gguf_tokenizer",
+)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How to load: the options of the same names."""
+
+    device: str | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+    kernel: str | None = None
+    threads: int | None = None
+
+
+def warm_up() -> threading.Thread:
+    """Import what loading needs on a thread, and keep the libraries quiet; errors come again where it is used."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    thread = threading.Thread(target=_import_heavy, daemon=True)
+    thread.start()
+    return thread
+
+
+def _import_heavy() -> None:
+    for name in _HEAVY:
+        try:
+            import_module(name)
+        except Exception:  # the main thread meets the same error and reports it
+            return
+
+
+def open_for_running(model: str, output: Output, *, tokenizer: bool = True) -> Checkpoint:
+    """The checkpoint, refused before anything is loaded if it lacks a tokenizer."""
+    checkpoint = open_checkpoint(model, output.remark)
+    if tokenizer:
+        from anybit.hosts.tokenizers import demand_tokenizer
+
+        demand_tokenizer(checkpoint)
+    return checkpoint
+
+
+def load(checkpoint: Checkpoint, choices: Choices, output: Output) -> tuple[Any, Any]:
+    """The model and its tokenizer, with a progress bar on a terminal. Raises AnybitErrors."""
+    from anybit.hosts.tokenizers import tokenizer_for
+    from anybit.hosts.transformers import load as load_model
+
+    if choices.threads is not None:
+        import torch
+
+        torch.set_num_threads(choices.threads)
+    tokenizer = tokenizer_for(checkpoint)
+    total = sum(layer.stored_bytes for layer in checkpoint.layers.values())
+    with output.progress(f"loading {shown(checkpoint.path.name)}", total) as advance:
+        model = load_model(
+            checkpoint, choices.dtype, choices.device, quantization=choices.quantization, kernel=choices.kernel,
+            progress=lambda _, done: advance(done),
+        )
+    return model, tokenizer
+
+
+def print_summary(output: Output, name: str, loading: Loading) -> None:
+    """What was loaded and how it runs, in a few lines on stderr."""
+    plan, checkpoint = loading.plan, loading.checkpoint
+    facts = [name, plan.dialect, str(checkpoint.config.get("model_type")), size(checkpoint.stored_bytes),
+             f"on {plan.platform.title}", f"activations {plan.dtype}"]
+    output.remark(" · ".join(shown(fact) for fact in facts))
+    groups = list(fold_units(plan.units))
+    rows = [("declared", text) for text in _each_once(_declared(g) for g in groups)]
+    rows += [("executed", text) for text in _each_once(g.units[0].executed for g in groups)]
+    rows += [("kernels", why(group)) for group in groups]
+    memory = plan.memory
+    predicted = memory.weights + memory.plain
+    rows.append(("memory", f"predicted {size(predicted)} held, {size(predicted + memory.loading)} at most; "
+                 f"measured {size(loading.held_bytes)} held, {size(loading.peak_bytes)} at most"))
+    output.remark_rows(rows)
+    if plan.changes_declared:
+        output.warning(f"other arithmetic than the checkpoint declares, as asked: --quantization {plan.quantization}")
+    output.remark()
+
+
+def _each_once(texts: Any) -> list[str]:
+    return list(dict.fromkeys(texts))
+
+
+def _declared(group: UnitGroup) -> str:
+    from anybit.cli.explain import declared_arithmetic
+
+    return declared_arithmetic(group.units[0])
+
+
+def why(group: UnitGroup) -> str:
+    """One line: the kernels of a group and the reason for them."""
+    first = group.units[0]
+    names: dict[str, list[str]] = {}
+    for regime, (spec, _) in first.choice.kernels.items():
+        names.setdefault(spec.name, []).append(regime)
+    kernels = ", ".join(f"{name} ({', '.join(regimes)})" if len(names) > 1 else name for name, regimes in names.items())
+    slower = group.slower()
+    others = len({refusal.kernel for refusal in first.choice.refused} - set(names))
+    if slower:
+        reason = f"least modelled time of {len(slower) + 1} layouts; " + "; ".join(
+            f"{name} {times:.1f} × slower" for name, times in slower.items())
+    else:
+        reason = f"the only one of {others + len(names)} that can" if others else "the only one"
+    return f"{first.kind} ×{len(group.layers)} {shown(first.scheme)} → {kernels}: {reason}"
