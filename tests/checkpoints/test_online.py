@@ -123,9 +123,22 @@ def test_projections_are_quantized(name: str) -> None:
     assert isinstance(quantizer("mxfp4")(layer(name), weight()), QuantizedWeight)
 
 
-def test_what_is_quantized_already_stays() -> None:
+def test_what_is_quantized_already_is_quantized_again_from_its_reference_weight() -> None:
     stored = Layer("model.layers.0.mlp.up_proj", "linear", (256, 384), ONLINE["mxfp4"].scheme)
-    assert why_not(stored, "nvfp4") == "already quantized: mxfp4·g32·e8m0"
+    assert why_not(stored, "nvfp4") is None
+    first = quantize(weight(), "mxfp4")
+    again = quantizer("int8_per_channel")(stored, first)
+    wanted = quantize(Dense(dense("float32"), first.dequantize()), "int8_per_channel")
+    assert torch.equal(again.dequantize(), wanted.dequantize())
+
+
+def test_the_last_integer_group_of_a_row_may_be_short() -> None:
+    narrow = Dense(dense("float32"), torch.randn(8, 200))
+    made = quantize(narrow, "int4_g128")
+    assert made.scales[0].shape == (8, 2)
+    whole = quantize(Dense(dense("float32"), narrow.tensor[:, :128].contiguous()), "int4_g128")
+    assert torch.equal(made.dequantize()[:, :128], whole.dequantize())
+    assert (made.dequantize() - narrow.tensor).norm() < 0.2 * narrow.tensor.norm()
 
 
 def test_channel_and_block_schemes_take_any_width() -> None:

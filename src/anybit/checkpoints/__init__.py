@@ -16,7 +16,7 @@ from anybit.checkpoints.contents import DTYPES, Contents
 from anybit.checkpoints.dialects import DIALECTS, Dialect, dialect
 from anybit.checkpoints.folder import read_folder
 from anybit.checkpoints.names import Remark, find
-from anybit.errors import Inconsistent, Unsupported
+from anybit.errors import Damaged, Inconsistent, Unsupported
 
 __all__ = ["Checkpoint", "open"]
 
@@ -25,6 +25,7 @@ _QUANTIZED_ENDINGS: Final = (
     ".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".absmax",
     ".quant_map", ".SCB", ".W_q", "_blocks", ".weight_zero_point", ".scaled_zeros",
 )
+_ALWAYS_PACKED: Final = ("gptq", "awq")
 _CODE_DTYPES: Final = ("U8", "I8", "I32", "I16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3",
                        "F6_E3M2")
 
@@ -37,6 +38,8 @@ def open(name: str | os.PathLike[str], remark: Remark | None = None) -> Checkpoi
     path = find(name, remark)
     if path.is_file():
         return _open_file(path)
+    if not path.is_dir():
+        raise Damaged("not a regular file or a folder", where=str(path), wanted="a folder or a .gguf file")
     ggufs = sorted(path.glob("*.gguf"))
     tensors = any(path.glob("*.safetensors"))
     if ggufs and tensors:
@@ -45,9 +48,12 @@ def open(name: str | os.PathLike[str], remark: Remark | None = None) -> Checkpoi
                            remedy=f"name the file: {ggufs[0]}")
     if ggufs:
         return _open_file(_only_model(path, ggufs))
-    contents = read_folder(path)
-    chosen, notes = _dialect_of(contents)
-    return Checkpoint(contents, chosen, safetensors.read_tensor, (*notes, *_code_note(path)))
+    found = read_folder(path)
+    chosen = _dialect_of(found.contents)
+    reader = safetensors.Reader(found.stamps)
+    checkpoint = Checkpoint(found.contents, chosen, reader, (*found.remarks, *_code_note(path)))
+    _demand_codes(checkpoint)
+    return checkpoint
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -71,12 +77,12 @@ def _only_model(folder: Path, files: list[Path]) -> Path:
                        remedy=f"name the file: {firsts[0]}" if firsts else "give a path to a .gguf file")
 
 
-def _dialect_of(contents: Contents) -> tuple[Dialect, tuple[str, ...]]:
+def _dialect_of(contents: Contents) -> Dialect:
     method = contents.quantization.get("quant_method")
     candidates = [dialect(name) for name in DIALECTS if name != "plain"]
     found = next((d for d in candidates if d.recognizes(contents)), None)
     if found is not None:
-        return found, ()
+        return found
     if method is not None:
         known = sorted(DIALECTS)
         near = get_close_matches(str(method), known, n=2)
@@ -85,8 +91,19 @@ def _dialect_of(contents: Contents) -> tuple[Dialect, tuple[str, ...]]:
                           remedy=f"perhaps {' or '.join(near)}" if near else "a newer anybit may read it")
     signs = _quantized_signs(contents)
     if not signs:
-        return dialect("plain"), ()
+        return dialect("plain")
     raise _undeclared(contents, signs)
+
+
+def _demand_codes(checkpoint: Checkpoint) -> None:
+    """Raise Inconsistent if a config of a dialect that always packs stands beside plain tensors."""
+    if checkpoint.dialect not in _ALWAYS_PACKED or any(layer.scheme.is_quantized for layer in checkpoint.layers.values()):
+        return
+    raise Inconsistent(
+        f"declared as {checkpoint.dialect}, but no tensor is quantized", where="config.json",
+        found=f"{len(checkpoint.contents.tensors)} plain tensors", wanted="packed codes and scales",
+        remedy="the config belongs to another file: remove quantization_config if the tensors are the plain model",
+    )
 
 
 def _quantized_signs(contents: Contents) -> list[str]:
@@ -107,7 +124,7 @@ def _undeclared(contents: Contents, signs: list[str]) -> Inconsistent:
 
 
 def _code_note(folder: Path) -> tuple[str, ...]:
-    code = sorted(p.name for p in folder.glob("*.py"))
+    code = sorted(p.name for p in (*folder.glob("*.py"), *folder.glob("*.pth")))
     return (f"contains code, not run: {', '.join(code[:8])}",) if code else ()
 
 

@@ -87,10 +87,7 @@ class Checkpoint:
         """
         layer = self.layers.get(name)
         if layer is None:
-            near = get_close_matches(name, self.layers, n=3)
-            raise Inconsistent("no layer is called so", where=name, found=f"{len(self.layers)} layers",
-                               wanted="a name of checkpoint.layers",
-                               remedy="perhaps " + " or ".join(near) if near else "`anybit inspect` lists them")
+            raise _unknown(name, self.layers, "layer")
         tensors = {role: self._read_tensor(self.contents.tensors[t]) for role, t in layer.tensors.items()}
         try:
             return self._dialect.canonicalize(layer, tensors)
@@ -99,7 +96,9 @@ class Checkpoint:
             raise
 
     def read_plain(self, name: str) -> Tensor:
-        """The tensor of `plain` called so by the host."""
+        """The tensor of `plain` called so by the host. Raises Inconsistent for a name that is not in `plain`."""
+        if name not in self.plain:
+            raise _unknown(name, self.plain, "tensor outside the layers")
         return self._read_tensor(self.contents.tensors[self.plain[name]])
 
     def demand_loadable(self) -> None:
@@ -112,3 +111,7 @@ class Checkpoint:
         return f"Checkpoint({str(self.path)!r}, dialect={self.dialect!r}, layers={len(self.layers)})"
 
 
+def _unknown(name: str, known: Mapping[str, object], what: str) -> Inconsistent:
+    near = get_close_matches(name, known, n=3)
+    return Inconsistent(f"no {what} is called so", where=name, found=f"{len(known)} others", wanted=f"the name of a {what}",
+                        remedy="perhaps " + " or ".join(near) if near else "`anybit inspect` lists them")

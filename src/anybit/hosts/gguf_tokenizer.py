@@ -115,9 +115,9 @@ def _byte_level(data: TokenizerData, where: str) -> Tokenizer:
     vocabulary = {token: index for index, token in enumerate(data.tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, _known(data.merges, vocabulary), ignore_merges=family.whole_words))
     splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in family.splits]
-    prefix = bool(data.add_space_prefix)
+    # add_space_prefix is sentencepiece's: llama.cpp does not look at it here
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)]
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

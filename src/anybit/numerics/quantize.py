@@ -44,7 +44,8 @@ class WeightCodes:
 def quantize_weight(rule: str, weight: Tensor) -> WeightCodes:
     """Quantize a weight [.., N, K] of any float dtype by a rule of WEIGHT_RULES; stacked experts one by one.
 
-    K must be a multiple of the rule's group. Works on slabs of rows: no float32 copy of the weight is made.
+    K must be a multiple of the rule's group, but for the integer groups, whose last may be short. Works on slabs of
+    rows: no float32 copy of the weight is made.
     Raises Damaged for NaN or infinity; the caller adds the layer's name.
     """
     absmax = torch.maximum(weight.amax((-2, -1), keepdim=True), -weight.amin((-2, -1), keepdim=True)).float()
@@ -84,8 +85,14 @@ def _joined(parts: list[Tensor | None]) -> Tensor | None:
 
 
 def _groups(weight: Tensor, size: int) -> Tensor:
-    assert weight.shape[-1] % size == 0
+    """[.., K] -> [.., ceil(K / size), size]; a short last group is filled with zeros, which change no rule here."""
+    weight = pad(weight, (0, -weight.shape[-1] % size)) if weight.shape[-1] % size else weight
     return weight.reshape(*weight.shape[:-1], weight.shape[-1] // size, size)
+
+
+def _row(codes: Tensor, columns: int) -> Tensor:
+    """The inverse of `_groups` for codes."""
+    return codes.flatten(-2)[..., :columns].contiguous()
 
 
 def _safe(scale: Tensor) -> Tensor:
@@ -167,7 +174,7 @@ def _int4_symmetric(weight: Tensor, absmax: Tensor, *, group_size: int) -> _Slab
         better = error < least
         least, scale = torch.where(better, error, least), torch.where(better, tried, scale)
     codes = encode("int4", groups / _safe(scale))
-    return _Slab(codes.flatten(-2), scale.squeeze(-1).bfloat16())
+    return _Slab(_row(codes, weight.shape[-1]), scale.squeeze(-1).bfloat16())
 
 
 def _uint4_asymmetric(weight: Tensor, absmax: Tensor, *, group_size: int) -> _Slab:
@@ -181,7 +188,7 @@ def _uint4_asymmetric(weight: Tensor, absmax: Tensor, *, group_size: int) -> _Sl
     zero_point = (-low / _safe(scale)).round().clamp(0, 15)
     codes = ((groups / _safe(scale)).round() + zero_point).clamp(0, number_format("uint4").maximum)
     stored_zero = zero_point.to(torch.uint8).squeeze(-1)
-    return _Slab(codes.to(torch.uint8).flatten(-2), scale.squeeze(-1).bfloat16(), stored_zero)
+    return _Slab(_row(codes.to(torch.uint8), weight.shape[-1]), scale.squeeze(-1).bfloat16(), stored_zero)
 
 
 WEIGHT_RULES: Final[Mapping[str, Callable[[Tensor, Tensor], _Slab]]] = {
