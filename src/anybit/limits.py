@@ -31,6 +31,8 @@ MAX_GGUF_KV: Final = 100_000
 MAX_GGUF_STRING: Final = 16 * 2**20
 MAX_GGUF_ARRAY: Final = 4_194_304  # the largest vocabulary has 262,144 tokens
 MAX_GGUF_ALIGNMENT: Final = 2**20
+MAX_GGUF_HEADER: Final = 512 * 2**20  # metadata and tensor list; a large vocabulary takes 10 MB
+MAX_TOKEN_BYTES: Final = 65_536  # one token of a vocabulary
 
 # patterns
 MAX_PATTERNS: Final = 100_000

@@ -203,6 +203,16 @@ def test_weight_only_fp8_has_one_scale(tmp_path: Path) -> None:
     assert got.scheme.activation is None
 
 
+def test_static_fp8_activations_use_the_stored_scale(tmp_path: Path) -> None:
+    raw = config(bits=8, data_type="fp", group_size=0, packing_format="auto_round:fp8_static", act_bits=8,
+                 act_data_type="fp", act_dynamic=False)
+    tensors = {f"{M}.weight": fp8_bytes(0x38, 0x40), f"{M}.weight_scale": torch.tensor([2.0]).bfloat16(),
+               f"{M}.input_scale": torch.tensor([0.5]).bfloat16()}
+    got = weight(tmp_path, raw, tensors)
+    assert got.activation["scale"].tolist() == [0.5]
+    assert str(got.scheme.activation) == "fp8_e4m3fn static tensor"
+
+
 MX = {"group_size": 32, "packing_format": "auto_round:llm_compressor", "act_dynamic": True, "sym": True}
 
 
@@ -299,3 +309,4 @@ def test_integer_activations_are_remarked_not_run(tmp_path: Path) -> None:
     contents = write(tmp_path, config(act_bits=8, act_data_type="int"), module())
     layer = dialect.declare(contents)[M]
     assert layer.scheme.activation is None
+    assert "not quantized" in layer.notes[0]

@@ -228,6 +228,11 @@ def test_group_size_minus_one_is_a_channel(tmp_path: Path) -> None:
     assert torch.equal(got.dequantize(), values(codes, zeros, 24))
 
 
+def test_a_partial_last_group_has_its_own_row(tmp_path: Path) -> None:
+    codes, zeros = random_codes(8, 20), random_codes(8, 3)
+    assert torch.equal(weight(tmp_path, config(), gemm(codes, zeros)).dequantize(), values(codes, zeros, 8))
+
+
 def test_marlin_tiles_are_those_of_gptq(tmp_path: Path) -> None:
     words = torch.randint(-(2**31), 2**31, (8, 128), generator=torch.Generator().manual_seed(1)).to(torch.int32)
     scales = torch.linspace(0.5, 1.5, 64)[None].half()
@@ -246,6 +251,14 @@ def test_an_old_repository_has_only_quant_config_json(tmp_path: Path) -> None:
     assert dialect.recognizes(old)
     assert not gptq.recognizes(old)
     assert dialect.declare(old)[M].shape == (16, 8)
+
+
+def test_an_old_gemv_repository_is_known_by_its_version(tmp_path: Path) -> None:
+    contents = write(tmp_path, None, gemv(random_codes(8, 256), random_codes(8, 8), 4))  # qweight and scales: [8, 32]
+    old = with_side(contents, quant_config={"w_bit": 4, "q_group_size": 32, "version": "GEMV"})
+    assert dialect.recognizes(old)
+    assert not gptq.recognizes(old)
+    assert dialect.declare(old)[M].shape == (8, 256)
 
 
 def refusal(folder: Path, quantization: dict[str, Any], tensors: Tensors | None = None) -> AnybitError:

@@ -188,9 +188,11 @@ def test_fused_scales_that_fit_no_grid_are_refused(tmp_path: Path) -> None:
 
 def test_trap_9_a_scale_beside_an_unquantized_weight_is_no_scale(tmp_path: Path) -> None:
     tensors = named(weight=torch.ones(2, 2).bfloat16(), weight_scale_inv=torch.full((1, 1), float("nan")))
-    layers = dialect.declare(write(tmp_path, config(weight_block_size=[128, 128]), tensors))
-    assert not layers[M].scheme.is_quantized
-    assert layers[M].tensors == {"weight": f"{M}.weight"}
+    contents = write(tmp_path, config(weight_block_size=[128, 128]), tensors)
+    layer = dialect.declare(contents)[M]
+    assert not layer.scheme.is_quantized
+    assert "unused scale" in layer.notes[0]
+    assert dialect.canonicalize(layer, tensors_of(contents, layer)).dequantize().tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
 def test_trap_10_e8m0_0_is_small_and_255_is_refused(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ __all__ = ["Checkpoint", "open"]
 
 # endings of tensor names that only quantized layers have
 _QUANTIZED_ENDINGS: Final = (
-    ".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".absmax",
-    ".quant_map", ".SCB", ".W_q", "_blocks", ".weight_zero_point", ".scaled_zeros",
+    ".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_scale_2",
+    ".absmax", ".quant_map", ".SCB", ".W_q", "_blocks", ".weight_zero_point", ".scaled_zeros",
 )
 _ALWAYS_PACKED: Final = ("gptq", "awq")
 _CODE_DTYPES: Final = ("U8", "I8", "I32", "I16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3",
@@ -97,7 +97,8 @@ def _dialect_of(contents: Contents) -> Dialect:
 
 def _demand_codes(checkpoint: Checkpoint) -> None:
     """Raise Inconsistent if a config of a dialect that always packs stands beside plain tensors."""
-    if checkpoint.dialect not in _ALWAYS_PACKED or any(layer.scheme.is_quantized for layer in checkpoint.layers.values()):
+    layers = checkpoint.layers.values()
+    if checkpoint.dialect not in _ALWAYS_PACKED or any(layer.scheme.is_quantized for layer in layers):
         return
     raise Inconsistent(
         f"declared as {checkpoint.dialect}, but no tensor is quantized", where="config.json",

@@ -45,9 +45,10 @@ class Checkpoint:
         self.config: dict[str, Any] = contents.config
         self.dialect: str = dialect.NAME
         self.layers: Mapping[str, Layer] = MappingProxyType(dialect.declare(contents))
-        self.notes = notes
         self._dialect = dialect
         self._read_tensor = read_tensor
+        remarks = getattr(dialect, "notes", None)
+        self.notes = (*notes, *(remarks(contents) if remarks is not None else ()))
         self.plain: Mapping[str, str] = MappingProxyType(self._plain())
 
     def _plain(self) -> dict[str, str]:
@@ -56,6 +57,9 @@ class Checkpoint:
             found: dict[str, str] = named(self.contents)
             return found
         used = {tensor for layer in self.layers.values() for tensor in layer.tensors.values()}
+        cache = self.kv_cache
+        if cache is not None:
+            used |= {tensor for pair in cache.scales.values() for tensor in pair}
         return {name: name for name in self.contents.tensors if name not in used}
 
     @property
@@ -81,8 +85,9 @@ class Checkpoint:
         return found
 
     def read(self, name: str) -> QuantizedWeight | Dense:
-        """The canonical weight of the layer called `name`; its `.dequantize()` is the genuine tool's value, bit for bit.
+        """The canonical weight of the layer called `name`.
 
+        Its `.dequantize()` is the genuine tool's value, bit for bit.
         Raises Inconsistent for a name that is no layer, and what the dialect finds wrong with the tensors.
         """
         layer = self.layers.get(name)
@@ -102,16 +107,22 @@ class Checkpoint:
         return self._read_tensor(self.contents.tensors[self.plain[name]])
 
     def demand_loadable(self) -> None:
-        """Raise if running the model would need code or classes from the checkpoint."""
+        """Raise if running the model would need code of the checkpoint, or if it is no model that can run."""
         from anybit.checkpoints.folder import demand_no_code
 
         demand_no_code(self.config)
+        demand = getattr(self._dialect, "require_loadable", None)
+        if demand is not None:
+            demand(self.contents)
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, dialect={self.dialect!r}, layers={len(self.layers)})"
 
 
 def _unknown(name: str, known: Mapping[str, object], what: str) -> Inconsistent:
-    near = get_close_matches(name, known, n=3)
-    return Inconsistent(f"no {what} is called so", where=name, found=f"{len(known)} others", wanted=f"the name of a {what}",
+    last = name.rpartition(".")[2]
+    alike = [other for other in known if other.rpartition(".")[2] == last] or list(known)
+    near = get_close_matches(name, alike[:10_000], n=3)  # some models have 300,000 names
+    return Inconsistent(f"no {what} is called so", where=name, found=f"{len(known)} others",
+                        wanted=f"the name of a {what}",
                         remedy="perhaps " + " or ".join(near) if near else "`anybit inspect` lists them")

@@ -40,7 +40,7 @@ def read_folder(folder: Path) -> FolderContents:
     names = _listing(folder)
     if folder.resolve().name.endswith(PARTIAL):
         raise Damaged("an unfinished conversion", where=str(folder), found=f"a folder named *{PARTIAL}",
-                      wanted="a finished checkpoint", remedy="run the conversion again; it offers to remove this folder")
+                      wanted="a finished checkpoint", remedy="run the conversion again")
     _refuse_adapter(folder, names)
     if not any(name.endswith(".safetensors") for name in names) and INDEX not in names:
         _refuse_without_tensors(folder, names)
@@ -53,7 +53,7 @@ def read_folder(folder: Path) -> FolderContents:
     config = read_config(folder)
     shards = _Shards(folder)
     shards.read(names)
-    side = {name: read_json(safe_file(folder, name)) for name in SIDE_FILES if name in names}
+    side: dict[str, JSON] = {name: read_json(safe_file(folder, name)) for name in SIDE_FILES if name in names}
     contents = Contents(folder, config, shards.tensors, side, shards.metadata)
     return FolderContents(contents, shards.stamps, tuple(shards.remarks))
 

@@ -22,6 +22,7 @@ from anybit.errors import AnybitError, Damaged, LimitExceeded, Unsupported
 from anybit.limits import (
     MAX_GGUF_ALIGNMENT,
     MAX_GGUF_ARRAY,
+    MAX_GGUF_HEADER,
     MAX_GGUF_KV,
     MAX_GGUF_RANK,
     MAX_GGUF_STRING,
@@ -33,7 +34,6 @@ __all__ = ["GGML_TYPES", "GgmlType", "GgufArray", "GgufHeader", "RawTensor", "pa
 
 FIXED_BYTES: Final = 24  # magic, version, two counts
 DEFAULT_ALIGNMENT: Final = 32
-MAX_GGUF_HEADER: Final = 512 * 2**20  # bytes; genuine headers with 262,144 tokens stay below 20 MiB
 _WINDOW: Final = 2**21  # bytes read at once; most headers fit
 
 

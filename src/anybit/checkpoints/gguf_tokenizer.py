@@ -13,6 +13,7 @@ from typing import Any, Final
 from anybit.checkpoints.contents import Contents
 from anybit.checkpoints.gguf_header import GgufArray
 from anybit.errors import Damaged, Inconsistent, LimitExceeded, Unsupported
+from anybit.limits import MAX_TOKEN_BYTES
 
 __all__ = ["TokenizerData", "tokenizer_data"]
 
@@ -22,7 +23,6 @@ CONTROL: Final = 3
 USER_DEFINED: Final = 4
 BYTE: Final = 6
 _TYPES: Final = range(7)  # 0 undefined, 5 unused
-MAX_TOKEN_BYTES: Final = 65_536  # genuine vocabularies hold runs of up to some hundred spaces
 _MODELS: Final = ("gpt2", "llama")
 _BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _IDS: Final = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}

@@ -166,6 +166,24 @@ def _regex_of_shell(pattern: str) -> str:
     return "".join({"*": "(?s:.*)", "?": "(?s:.)"}.get(char, re.escape(char)) for char in pattern)
 
 
+def _of_shell(pattern: str) -> str:
+    """The regular expression of a shell pattern: fnmatch.translate writes constructs that RE2 does not know."""
+    made = []
+    at = 0
+    while at < len(pattern):
+        char = pattern[at]
+        end = pattern.find("]", at + 2) if char == "[" else -1
+        if end > 0:
+            inside = pattern[at + 1 : end]
+            sign = "^" if inside.startswith("!") else ""
+            made.append(f"[{sign}{re.escape(inside.removeprefix('!')).replace(chr(92) + '-', '-')}]")
+            at = end
+        else:
+            made.append({"*": ".*", "?": "."}.get(char) or re.escape(char))
+        at += 1
+    return "(?s)" + "".join(made)
+
+
 def _bounded(patterns: Iterable[str], where: str) -> list[str]:
     listed = list(patterns)
     if len(listed) > limits.MAX_PATTERNS:

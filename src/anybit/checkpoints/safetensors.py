@@ -236,7 +236,7 @@ def read_bytes(info: TensorInfo, stamp: Stamp | None = None) -> Tensor:
         except RuntimeError as error:
             raise DeviceProblem("not enough memory to read a tensor", where=where, found="refused by the system",
                                 wanted=f"{info.nbytes:,} bytes", remedy="close other programs") from error
-        view = memoryview(raw.numpy())
+        view = raw.numpy().data
         done = 0
         while done < info.nbytes:
             count = os.preadv(descriptor, [view[done : done + _PIECE]], info.offset + done)

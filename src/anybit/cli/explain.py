@@ -105,12 +105,15 @@ class UnitGroup:
         return {name: seconds / chosen for name, seconds in total.items()} if chosen else {}
 
 
-def fold_units(units: Iterable[PlanUnit], *, folded: bool = True) -> Iterator[UnitGroup]:
-    """Units of a plan, those that differ in shape only put together."""
+def fold_units(
+    units: Iterable[PlanUnit], *, folded: bool = True, by_kernels: bool = True
+) -> Iterator[UnitGroup]:
+    """Units of a plan, those that differ in shape only put together; without `by_kernels` also where kernels differ."""
     groups: dict[object, list[PlanUnit]] = {}
     for unit in units:
         kernels = tuple((regime, spec.name) for regime, (spec, _) in unit.choice.kernels.items())
-        key = (unit.kind, unit.declared, unit.scheme, kernels, unit.choice.refused)
+        chosen = (kernels, unit.choice.refused) if by_kernels else None
+        key = (unit.kind, unit.declared, unit.scheme, chosen)
         groups.setdefault(key if folded else id(unit), []).append(unit)
     return (UnitGroup(tuple(members)) for members in groups.values())
 
@@ -127,7 +130,7 @@ def _rows(group: UnitGroup, checkpoint: Checkpoint, *, names: bool) -> Iterator[
     yield "declared", declared_arithmetic(first)
     yield "executed", first.executed
     for name, times in group.slower().items():
-        yield "slower", f"layout {name}: {times:.1f} × the time"
+        yield "slower", f"layout {name}: {times:.1f}× the time"
     for refusal in reasons_to_dict(first.choice.refused):
         regimes = refusal["regimes"]
         where = "" if len(regimes) == len(first.choice.kernels) else f" ({', '.join(regimes)})"

@@ -5,15 +5,17 @@ torch and transformers take most of the start; they are imported on a thread whi
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from anybit.checkpoints import Checkpoint, open as open_checkpoint
-from anybit.cli.explain import UnitGroup, fold_units
+from anybit.cli.explain import UnitGroup, declared_arithmetic, fold_units
 from anybit.cli.output import Output, shown, size
 
 if TYPE_CHECKING:
@@ -52,11 +54,15 @@ def warm_up() -> threading.Thread:
 
 
 def _import_heavy() -> None:
-    for name in _HEAVY:
-        try:
+    gc.disable()  # imports make no garbage, and looking for it is a sixth of their time
+    try:
+        for name in _HEAVY:
             import_module(name)
-        except Exception:  # the main thread meets the same error and reports it
-            return
+    except Exception:  # noqa: S110 - the main thread meets the same error where it needs the module, and reports it
+        pass
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def open_for_running(model: str, output: Output, *, tokenizer: bool = True) -> Checkpoint:
@@ -94,9 +100,10 @@ def print_summary(output: Output, name: str, loading: Loading) -> None:
     facts = [name, plan.dialect, str(checkpoint.config.get("model_type")), size(checkpoint.stored_bytes),
              f"on {plan.platform.title}", f"activations {plan.dtype}"]
     output.remark(" · ".join(shown(fact) for fact in facts))
-    groups = list(fold_units(plan.units))
-    rows = [("declared", text) for text in _each_once(_declared(g) for g in groups)]
-    rows += [("executed", text) for text in _each_once(g.units[0].executed for g in groups)]
+    groups = list(fold_units(plan.units, by_kernels=False))
+    rows = [("declared", text) for text in _merged((g.units[0].declared.element, declared_arithmetic(g.units[0]))
+                                                   for g in groups)]
+    rows += [("executed", text) for text in _merged((g.units[0].scheme.element, g.units[0].executed) for g in groups)]
     rows += [("kernels", why(group)) for group in groups]
     memory = plan.memory
     predicted = memory.weights + memory.plain
@@ -108,28 +115,23 @@ def print_summary(output: Output, name: str, loading: Loading) -> None:
     output.remark()
 
 
-def _each_once(texts: Any) -> list[str]:
-    return list(dict.fromkeys(texts))
-
-
-def _declared(group: UnitGroup) -> str:
-    from anybit.cli.explain import declared_arithmetic
-
-    return declared_arithmetic(group.units[0])
+def _merged(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """Sentences that differ in their leading element only, as one: `uint4, int8 weights, ...`."""
+    elements: dict[str, list[str]] = {}
+    for element, sentence in dict.fromkeys(pairs):
+        elements.setdefault(sentence.removeprefix(element), []).append(element if sentence.startswith(element) else "")
+    return [", ".join(filter(None, names)) + rest for rest, names in elements.items()]
 
 
 def why(group: UnitGroup) -> str:
     """One line: the kernels of a group and the reason for them."""
     first = group.units[0]
-    names: dict[str, list[str]] = {}
-    for regime, (spec, _) in first.choice.kernels.items():
-        names.setdefault(spec.name, []).append(regime)
-    kernels = ", ".join(f"{name} ({', '.join(regimes)})" if len(names) > 1 else name for name, regimes in names.items())
+    by_regime = {r: "/".join(dict.fromkeys(u.kernel(r) for u in group.units)) for r in first.choice.kernels}
+    same = len(set(by_regime.values())) == 1
+    kernels = first.kernel("decode") if same else ", ".join(f"{r} {name}" for r, name in by_regime.items())
     slower = group.slower()
-    others = len({refusal.kernel for refusal in first.choice.refused} - set(names))
+    reason = "the only layout that fits"
     if slower:
         reason = f"least modelled time of {len(slower) + 1} layouts; " + "; ".join(
-            f"{name} {times:.1f} × slower" for name, times in slower.items())
-    else:
-        reason = f"the only one of {others + len(names)} that can" if others else "the only one"
+            f"{name} {times:.1f}× slower" for name, times in slower.items())
     return f"{first.kind} ×{len(group.layers)} {shown(first.scheme)} → {kernels}: {reason}"

@@ -30,6 +30,7 @@ from anybit.errors import AnybitError
 from anybit.limits import SHOWN_CHARS
 
 Mode = Literal["human", "json", "quiet"]
+Advance = Callable[[int], None]
 
 VERSION: Final = 1  # of every --json document; keys are added, never renamed
 EXIT_OK: Final = 0
@@ -116,6 +117,10 @@ class Output:
 
     def document(self, kind: str, data: Mapping[str, Any]) -> None:
         """The --json document of a command: version, kind, then `data`."""
+        self._write(to_json({"version": VERSION, "kind": kind, **data}, indent=1) + "\n")
+
+    def record(self, kind: str, data: Mapping[str, Any]) -> None:
+        """One of several documents, each on a line of its own."""
         self._write(to_json({"version": VERSION, "kind": kind, **data}) + "\n")
 
     def text(self, text: str) -> None:
@@ -164,17 +169,16 @@ class Output:
             console.print(Text(line.rstrip()), soft_wrap=not console.is_terminal, no_wrap=not console.is_terminal)
 
     @contextmanager
-    def progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar over `total` bytes on a terminal, nothing elsewhere; call the result with bytes done since."""
+    def progress(self, title: str, total: int, unit: Literal["bytes", "windows"] = "bytes") -> Iterator[Advance]:
+        """A bar over `total` units on a terminal, nothing elsewhere; call the result with what was done since."""
         if not self.is_interactive:
             yield lambda done: None
             return
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 
-        bar = Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), console=self.stderr,
-            transient=True,
-        )
+        done_column = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+        text = TextColumn("{task.description}", markup=False)
+        bar = Progress(text, BarColumn(), done_column, console=self.stderr, transient=True)
         with bar:
             task = bar.add_task(title, total=total)
             yield lambda done: bar.update(task, advance=done)
@@ -215,9 +219,9 @@ def _console(stream: TextIO) -> Console:
     return Console(file=stream, markup=False, highlight=False, emoji=False)
 
 
-def to_json(data: object) -> str:
+def to_json(data: object, indent: int | None = None) -> str:
     """JSON as ASCII; numbers that JSON lacks become null."""
-    return json.dumps(_finite(data), allow_nan=False, indent=1)
+    return json.dumps(_finite(data), allow_nan=False, indent=indent)
 
 
 def _finite(data: object) -> object:

@@ -96,7 +96,11 @@ def bits_per_byte(
     on_window: Callable[[Window], None] | None = None,
 ) -> Evaluation:
     """The evaluation of `text` in windows of `window` tokens (at most `limit` of them); `on_window` sees each."""
-    cut = windows_of(tokenizer, text, window, limit)
+    return evaluate_windows(model, windows_of(tokenizer, text, window, limit), on_window)
+
+
+def evaluate_windows(model: Any, cut: Windows, on_window: Callable[[Window], None] | None = None) -> Evaluation:
+    """The evaluation of windows that were cut before."""
     return Evaluation(tuple(_scored(model, cut, on_window)))
 
 

@@ -8,7 +8,7 @@ refuse or silently misread. Both verify that every parameter received data.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,23 +86,9 @@ def _build_and_fill(
     with torch.no_grad():
         filler.fill()
     demand_filled(model, assignment.unused)
-    _apply_rope_factors(model, checkpoint.config)
     if target.type != "cpu":
         model.to(target)  # rotary tables and other buffers; the weights are there already
     return model, assignment.unused
-
-
-def _apply_rope_factors(model: Any, config: Mapping[str, Any]) -> None:
-    """GGUF files of llama 3 state their rope scaling as a divisor for each frequency."""
-    factors = config.get("anybit_rope_factors")
-    if factors is None:
-        return
-    for module in model.modules():
-        if hasattr(module, "inv_freq"):
-            divisor = torch.tensor(factors, dtype=torch.float32, device=module.inv_freq.device)
-            module.inv_freq = module.inv_freq / divisor
-            if hasattr(module, "original_inv_freq"):
-                module.original_inv_freq = module.inv_freq.clone()
 
 
 def _set_generation(model: Any, checkpoint: Checkpoint) -> None:

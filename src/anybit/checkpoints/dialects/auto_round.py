@@ -153,22 +153,24 @@ def _settings(keys: JSON, where: str) -> Settings:
 
 def _integer(contents: Contents, module: str, config: _Config) -> Layer:
     """GPTQ's or AWQ's layout; where a rule and the tensors disagree about the width, the tensors decide."""
-    settings = _settings(config.of(module), f"{config.where}, {module}")
+    keys = config.of(module)
+    settings = _settings(keys, f"{config.where}, {module}")
     words, zeros, scales = (need(contents, f"{module}.{leaf}", module) for leaf in ("qweight", "qzeros", "scales"))
     packed = zeros if config.zeros is not None else words  # packed along N, a multiple of 32
     if len(packed.shape) != 2 or len(scales.shape) != 2 or 0 in scales.shape:
         raise Inconsistent("packed codes that are no matrix", where=packed.name, found=str(list(packed.shape)),
                            wanted="two dimensions", remedy=_WRONG_CONFIG)
     bits = 32 * packed.shape[1] // scales.shape[1]
-    notes: tuple[str, ...] = ()
-    if bits != settings.bits:
-        if settings.bits is not None:
-            notes = (f"the configuration says {settings.bits} bits, the tensors hold {bits}: they decide",)
-        settings = replace(settings, bits=bits)
+    notes = []
+    if settings.bits not in (None, bits):
+        notes.append(f"the configuration says {settings.bits} bits, the tensors hold {bits}: they decide")
+    if (values.integer(keys, "act_bits", config.where, least=1, most=32) or _PLAIN_BITS) < _PLAIN_BITS:
+        notes.append("declared activations are not quantized beside integer weights: weight-only")
+    settings = replace(settings, bits=bits)
     if config.zeros is None:
-        return awq.packed_layer(contents, module, settings, "gemm", "auto-round", notes)
+        return awq.packed_layer(contents, module, settings, "gemm", "auto-round", tuple(notes))
     storage = {"planar": False, "zeros": config.zeros, "lossy_zeros": True}
-    return gptq.packed_layer(contents, module, settings, storage, notes)
+    return gptq.packed_layer(contents, module, settings, storage, tuple(notes))
 
 
 # --- floats --------------------------------------------------------------------------------------------------------

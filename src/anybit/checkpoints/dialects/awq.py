@@ -23,6 +23,7 @@ from anybit.checkpoints.dialects._shared.gptqmodel_config import (
     raw_config,
     read_config,
     refuse_run_time_parts,
+    says_awq,
 )
 from anybit.checkpoints.dialects.plain import canonicalize as canonicalize_dense
 from anybit.checkpoints.dialects.plain import dense_layers
@@ -43,11 +44,13 @@ _WRONG_CONFIG: Final = "use the config.json that was written with these weights"
 
 def recognizes(contents: Contents) -> bool:
     """True if the configuration names AWQ, or a side file without a method lies beside tensors packed along N."""
-    raw, where = raw_config(contents)
+    raw, _ = raw_config(contents)
     named = method(raw)
-    if named:
-        return named == "awq" or (named == "gptq" and format_name(raw, where) in gptq.AWQ_FORMATS)
-    return bool(raw) and not contents.quantization and any(_is_awq(contents, name) for name in contents.tensors)
+    if named not in ("", "gptq"):
+        return named == "awq"
+    if says_awq(raw):
+        return bool(named) or any(name.endswith(".qweight") for name in contents.tensors)
+    return not named and bool(raw) and not contents.quantization and any(_is_awq(contents, n) for n in contents.tensors)
 
 
 def _is_awq(contents: Contents, name: str) -> bool:

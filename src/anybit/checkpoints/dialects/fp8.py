@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from anybit.checkpoints.checks import expect_dtype, expect_shape, need
@@ -93,7 +93,16 @@ def declare(contents: Contents) -> dict[str, Layer]:
                               found=f"{info.dtype} {list(info.shape)}", wanted="MODULE.weight with a scale beside it",
                               remedy="save the experts one by one, as every known exporter does")
     taken = {tensor for layer in layers.values() for tensor in layer.tensors.values()}
-    return layers | dense_layers(contents, taken)
+    return layers | {name: _with_stray_scale(contents, layer) for name, layer in dense_layers(contents, taken).items()}
+
+
+def _with_stray_scale(contents: Contents, layer: Layer) -> Layer:
+    """Claim the scale that transformers leaves, uninitialised, beside a weight that it could not cut into blocks."""
+    stray = f"{layer.name}.{_SCALES[0]}"
+    if stray not in contents.tensors:
+        return layer
+    notes = ("an unused scale lies beside this unquantized weight",)
+    return replace(layer, tensors={**layer.tensors, "unused_scale": stray}, notes=(*layer.notes, *notes))
 
 
 def read_config(raw: JSON) -> Config:

@@ -24,6 +24,7 @@ from anybit.checkpoints.dialects._shared.gptqmodel_config import (
     read_config,
     refuse_incomplete,
     refuse_run_time_parts,
+    says_awq,
 )
 from anybit.checkpoints.dialects.plain import EMBEDDINGS, dense_layers
 from anybit.checkpoints.dialects.plain import canonicalize as canonicalize_dense
@@ -53,15 +54,16 @@ _FOREIGN: Final = {  # formats under gptqmodel's wrapper that are other dialects
     "gguf": "GGUF in gptqmodel's wrapper",
     "bitsandbytes": "bitsandbytes in gptqmodel's wrapper",
 }
-AWQ_FORMATS: Final = ("gemm", "gemv", "gemv_fast", "llm-awq")  # AutoGPTQ read AWQ files under quant_method gptq
 
 
 def recognizes(contents: Contents) -> bool:
     """True if the configuration names GPTQ, or a side file without a method lies beside GPTQ's tensors."""
-    raw, where = raw_config(contents)
+    raw, _ = raw_config(contents)
     named = method(raw)
+    if named not in ("", "gptq", "marlin") or says_awq(raw):
+        return False
     if named:
-        return named == "marlin" or (named == "gptq" and format_name(raw, where) not in AWQ_FORMATS)
+        return True
     return bool(raw) and not contents.quantization and any(_is_packed_down(contents, name) for name in contents.tensors)
 
 
@@ -85,13 +87,14 @@ def declare(contents: Contents) -> dict[str, Layer]:
     form = _format(config)
     refuse_run_time_parts(contents, config)
     refuse_incomplete(contents, "qweight", "qzeros", "scales")
-    refuse_incomplete(contents, "B", "s")
+    if form == "marlin":
+        refuse_incomplete(contents, "B", "s")
     layers = {}
     for name in contents.tensors:
         module, _, leaf = name.rpartition(".")
         if leaf == "qweight":
             layers[module] = _packed(contents, module, config, form)
-        elif leaf == "B":
+        elif leaf == "B" and f"{module}.s" in contents.tensors:
             layers[module] = marlin_layer(contents, module, config.settings(module)[0], "B", "s")
     taken = {tensor for layer in layers.values() for tensor in layer.tensors.values()}
     return layers | dense_layers(contents, taken)
@@ -111,8 +114,7 @@ def _format(config: Config) -> str:
 def _packed(contents: Contents, module: str, config: Config, form: str) -> Layer:
     if form == "marlin":
         raise Inconsistent("a module packed otherwise than the configuration says", where=module, found="qweight",
-                           wanted="B and s: the configuration says marlin",
-                           remedy=_WRONG_CONFIG)
+                           wanted="B and s: the configuration says marlin", remedy=_WRONG_CONFIG)
     settings, is_skipped = config.settings(module)
     notes = []
     if is_skipped:

@@ -16,6 +16,7 @@ from anybit.checkpoints.patterns import Patterns
 from anybit.errors import Damaged, Inconsistent, Unsupported
 
 WHERE: Final = "config.json: quantization_config"
+AWQ_FORMATS: Final = ("gemm", "gemv", "gemv_fast", "llm-awq")
 SIDE_FILES: Final = ("quantize_config.json", "quant_config.json")
 
 _ALIASES: Final[Mapping[str, tuple[str, ...]]] = {  # the later names are those of old repositories
@@ -109,6 +110,12 @@ def method(raw: JSON) -> str:
         if isinstance(value, str):
             return value.lower()
     return ""
+
+
+def says_awq(raw: JSON) -> bool:
+    """True if a format key names one of AWQ's layouts; AutoGPTQ read such files under quant_method gptq."""
+    named = (raw.get(key) for key in _ALIASES["format"])
+    return any(isinstance(value, str) and value.lower() in AWQ_FORMATS for value in named)
 
 
 def format_name(raw: JSON, where: str, *keys: str) -> str:
