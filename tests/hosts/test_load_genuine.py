@@ -14,7 +14,7 @@ import anybit
 from anybit.hosts.modules import AnybitExperts, AnybitLinear
 from conftest import CHECKPOINTS, EXPECTED, genuine
 
-READ = ("gguf-*", "modelopt-*", "ct-*", "gptq-*", "awq-*", "autoround-asgptq-*", "quark-awqmode-*")
+READ = ("gguf-*", "modelopt-*", "ct-*", "gptq-*", "awq-*", "autoround-*", "fp8-*", "fbgemm-*", "gptoss-*", "quark-awqmode-*")
 
 
 def has(name: str, start: str) -> bool:
@@ -81,7 +81,7 @@ def test_a_loaded_layer_gives_the_recorded_output(name: str) -> None:
                 assert relative_error(y, wanted) <= 1e-5, name_
 
 
-@pytest.mark.parametrize("name", [n for n in genuine("modelopt-*", "ct-*", "gptq-*", "awq-*") if has(n, "logits")])
+@pytest.mark.parametrize("name", [n for n in genuine("modelopt-*", "ct-*", "gptq-*", "awq-*", "autoround-*", "fp8-*", "fbgemm-*", "gptoss-*") if has(n, "logits")])
 def test_plain_from_pretrained_gives_the_same_model(name: str) -> None:
     from transformers import AutoModelForCausalLM
 

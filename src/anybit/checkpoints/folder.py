@@ -167,7 +167,7 @@ class _Shards:
     def read(self, names: set[str]) -> None:
         """Read the headers of the shards among `names`, those of the index where there is one."""
         listed = sorted(name for name in names if name.endswith(".safetensors"))
-        index = _read_index(self.folder) if INDEX in names else None
+        index, total = _read_index(self.folder) if INDEX in names else (None, None)
         used = _indexed_shards(self.folder, index) if index is not None else _without_duplicates(listed)
         if len(used) > limits.MAX_SHARDS:
             raise LimitExceeded("too many shards", where=str(self.folder), found=f"{len(used):,}",
@@ -176,6 +176,9 @@ class _Shards:
             self._add(shard, self._header(shard), index)
         if index is not None:
             _refuse_lacking(index, self.tensors)
+            present = sum(info.nbytes for info in self.tensors.values())
+            if total is not None and total != present:
+                self.remarks.append(f"total_size of the index is {repr(total)[:40]}, its tensors have {present} bytes")
         self._set_aside([name for name in listed if name not in used], is_indexed=index is not None)
 
     def _header(self, shard: str) -> Header:
@@ -253,8 +256,10 @@ def _without_duplicates(shards: list[str]) -> list[str]:
     return kept or shards
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    found = read_json(safe_file(folder, INDEX), limit=limits.MAX_INDEX_JSON).get("weight_map")
+def _read_index(folder: Path) -> tuple[dict[str, str], object]:
+    """The map of tensor names to files, and what the index says about their bytes."""
+    index = read_json(safe_file(folder, INDEX), limit=limits.MAX_INDEX_JSON)
+    found, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(found, dict) or not found or not all(isinstance(v, str) for v in found.values()):
         raise Damaged("weight_map is not a map of names to files", where=INDEX, found=repr(found)[:80],
                       wanted="an object: tensor name to file name", remedy="download the index again")
@@ -262,7 +267,7 @@ def _read_index(folder: Path) -> dict[str, str]:
         raise LimitExceeded("too many tensors", where=INDEX, found=f"{len(found):,}",
                             wanted=f"at most {limits.MAX_TENSORS:,} (MAX_TENSORS)")
     _refuse_outside(folder, found)
-    return found
+    return found, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
 def _refuse_outside(folder: Path, weight_map: dict[str, str]) -> None:

@@ -19,7 +19,9 @@ from anybit.errors import AnybitError, Inconsistent, Unsupported
 from anybit.hosts.meter import release_freed
 from anybit.hosts.modules import AnybitEmbedding, AnybitExperts, AnybitLinear, TiedHead, product_of
 from anybit.hosts.naming import Naming
-from anybit.kernels.catalogue import implementation
+from anybit.kernels.catalogue import Stored, implementation
+from anybit.kernels.request import Request
+from anybit.planning.choose import Choice, Refusal, choose
 from anybit.planning.plan import Plan
 from anybit.schemes import Layer
 from anybit.weights import Dense, Weight
@@ -171,9 +173,23 @@ class Filler:
         return weight
 
     def _linear(self, name: str, weight: Weight, device: torch.device) -> AnybitLinear:
-        spec = self.plan.unit_of(name).choice.kernels["decode"][0]
-        stored = implementation(spec).prepare(weight.to(device), self.dtype)
-        return AnybitLinear(product_of(weight, stored, device))
+        return AnybitLinear(product_of(weight, self._prepare(name, weight, device), device))
+
+    def _prepare(self, name: str, weight: Weight, device: torch.device) -> Stored:
+        """The weight in the layout that the plan chose, or that its real scheme wants.
+
+        Headers do not show everything: whether a GPTQ g_idx really scatters columns is known when it is read.
+        """
+        unit = self.plan.unit_of(name)
+        choice: Choice | tuple[Refusal, ...] = unit.choice
+        if weight.scheme.weight_only() != unit.scheme.weight_only():
+            request = Request(unit.kind, weight.scheme, tuple(weight.shape), unit.dtype)
+            choice = choose(request, self.plan.platform)
+            if not isinstance(choice, Choice):
+                raise Unsupported("no kernel runs this layer as it turned out to be", where=name,
+                                  found=str(weight.scheme), wanted=str(unit.scheme))
+        spec = choice.kernels["decode"][0]
+        return implementation(spec).prepare(weight.to(device), self.dtype)
 
     def _module(self, path: str, name: str) -> nn.Module:
         original = cast("Placeholder", self.model.get_submodule(path)).original[0]
@@ -181,8 +197,7 @@ class Filler:
         device = self.device_of(path)
         if not isinstance(original, nn.Embedding):
             return self._linear(name, weight, device)
-        spec = self.plan.unit_of(name).choice.kernels["decode"][0]
-        stored = implementation(spec).prepare(weight.to(device), self.dtype)
+        stored = self._prepare(name, weight, device)
         return AnybitEmbedding(product_of(weight, stored, device), self.dtype, getattr(original, "embed_scale", None))
 
     def _experts(self, path: str, roles: Mapping[str, Mapping[int, str]]) -> AnybitExperts:
