@@ -2,9 +2,9 @@
 
     python benchmarks/cpu_model.py [--rounds 5] [--threads 2] [--dtype float32] [--json FILE]
 
-Method: prefill is one forward of 512 tokens from an empty cache; decode is 64 single-token forwards after 16 tokens, greedy,
-key-value cache kept; both engines in turn (A B A B ...), medians over the rounds. llama.cpp takes part when the Python
-package llama-cpp-python is installed (in this environment, or in the one whose interpreter LLAMA_PYTHON names). A shared
+Method: prefill is one forward of 512 tokens from an empty cache; decode is 64 single-token forwards after 16 tokens,
+greedy, key-value cache kept; both engines in turn (A B A B ...), medians over the rounds. llama.cpp takes part when
+the Python package llama-cpp-python is installed (here, or where the interpreter LLAMA_PYTHON names is). A shared
 machine is noisy: compare within one run only.
 """
 
@@ -65,7 +65,8 @@ def our_round(model: object) -> tuple[float, float]:
         cache = out.past_key_values
         start = time.perf_counter()
         for i in range(DECODE):
-            out = model(tokens[:, i : i + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)  # type: ignore[operator]
+            token = tokens[:, i : i + 1]
+            out = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)  # type: ignore[operator]
             out.logits.argmax(-1)
         decode = DECODE / (time.perf_counter() - start)
     return prefill, decode
@@ -74,7 +75,8 @@ def our_round(model: object) -> tuple[float, float]:
 def find_llama(threads: int, file: Path) -> Llama | None:
     """llama.cpp, if an interpreter with llama-cpp-python is at hand."""
     for python in (os.environ.get("LLAMA_PYTHON", ""), sys.executable):
-        if python and subprocess.run([python, "-c", "import llama_cpp"], capture_output=True, check=False).returncode == 0:
+        probe = [python, "-c", "import llama_cpp"]
+        if python and subprocess.run(probe, capture_output=True, check=False).returncode == 0:
             return Llama(python, file, threads)
     return None
 
@@ -112,7 +114,7 @@ def main() -> int:
 
 def report(rows: dict[str, list[tuple[float, float]]], options: argparse.Namespace, held: int, torch: str) -> None:
     """Medians, spreads and ratios on stdout; JSON where asked."""
-    print(f"SmolLM2-135M Q4_1, {options.dtype} activations, {options.threads} threads, {platform.processor() or platform.machine()}")
+    print(f"SmolLM2-135M Q4_1, {options.dtype} activations, {options.threads} threads, {platform.machine()}")
     medians: dict[str, tuple[float, float]] = {}
     for engine, rounds in rows.items():
         if not rounds:

@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py [--dialect modelopt|gptq] [--layers 10] [--folder DIR] [--device cpu]
 
-Writes an NVFP4 (ModelOpt layout) or 4-bit GPTQ checkpoint of a Llama with random codes, then loads it in a fresh process
-and prints: bytes in the file, predicted and measured bytes held, measured peak, and the contract's bound
+Writes an NVFP4 (ModelOpt layout) or 4-bit GPTQ checkpoint of a Llama with random codes, loads it in a fresh process and
+prints: bytes in the file, predicted and measured bytes held, measured peak, and the contract's bound
 (packed + temporaries of the largest layer + 256 MiB). Exit code 1 if the bound is broken.
 """
 

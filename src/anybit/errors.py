@@ -69,7 +69,8 @@ class AnybitError(Exception):
         return "\n".join(lines)
 
     def _fields(self) -> tuple[tuple[str, str], ...]:
-        return (("found", self.found), ("wanted", self.wanted), ("do", self.remedy), ("also", ", ".join(self.more[:20])))
+        also = ", ".join(self.more[:20])
+        return (("found", self.found), ("wanted", self.wanted), ("do", self.remedy), ("also", also))
 
     def to_dict(self) -> dict[str, object]:
         """The error as data for `--json`: the keys are stable."""

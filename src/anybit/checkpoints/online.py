@@ -108,7 +108,8 @@ def online_scheme(name: str) -> OnlineScheme:
 def why_not(layer: Layer, scheme_name: str) -> str | None:
     """Why `layer` stays as it is under --quantization; None if it is quantized.
 
-    From headers alone. A layer that is quantized already is quantized again, from its reference weight. Embeddings, output heads and routers stay, and what the scheme's groups do not divide.
+    From headers alone. A layer that is quantized already is quantized again, from its reference weight. Embeddings,
+    output heads and routers stay, and what the scheme's groups do not divide.
     """
     path = layer.name.removesuffix(".weight").split(".")
     size = online_scheme(scheme_name).group_size

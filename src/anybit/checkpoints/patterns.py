@@ -6,17 +6,27 @@ is linear. Real files use look-ahead, which RE2 lacks: those go to `regex` with 
 
 from __future__ import annotations
 
-import fnmatch as fnmatch_module
 import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from anybit import limits
 from anybit.errors import Damaged, LimitExceeded, Unsafe
 
 How = Literal["match", "search", "fullmatch"]
+_SET_SIZE: Final = 500  # patterns of one RE2 set; with 20,000 RE2 gives up and floods stderr
+_SET_BYTES: Final = 64 * 2**20  # most memory of a set: RE2's own 8 MiB hold about 1,000 genuine patterns
+
+
+def _options() -> Any:
+    import re2
+
+    options = re2.Options()
+    options.log_errors = False
+    options.max_mem = _SET_BYTES
+    return options
 
 
 def _timed(pattern: str, where: str) -> _Timed:
@@ -70,36 +80,48 @@ def _too_slow(pattern: str, where: str) -> Unsafe:
 class Patterns:
     """Patterns in their order; `first(name)` is the index of the first that matches, None if none does.
 
-    All that RE2 compiles are one RE2 set, matched in one pass; names without any pattern character are looked up in a
+    What RE2 compiles goes into RE2 sets, each matched in one pass; names without any pattern character are looked up in a
     table. So 100 rules over 36,000 modules take a fraction of a second.
     Raises Damaged for a pattern that does not compile, LimitExceeded, and Unsafe for one that takes too long.
     """
 
-    def __init__(self, patterns: Iterable[str], how: How, where: str, *, shell: bool = False) -> None:
-        """Compile; `shell` patterns are fnmatch's."""
+    def __init__(self, patterns: Iterable[str], how: How, where: str, *, globs: bool = False) -> None:
+        """Compile; with `globs` they are fnmatch's."""
         import re2
 
         self.where = where
         self._literal: dict[str, int] = {}
         self._timed: list[tuple[int, Callable[[str], Any]]] = []
-        self._in_set: list[int] = []  # index of a pattern by its number in the set
+        self._sets: list[tuple[Any, list[int]]] = []  # RE2 sets, each with its patterns' indices
         self._spent_seconds = 0.0
-        options = re2.Options()
-        options.log_errors = False
-        kinds = {"match": re2.Set.MatchSet, "search": re2.Set.SearchSet, "fullmatch": re2.Set.FullMatchSet}
-        self._set = kinds[how](options)
+        linear: list[tuple[int, str]] = []
         for index, pattern in enumerate(_bounded(patterns, where)):
-            if shell and not any(c in pattern for c in "*?["):
+            if globs and not any(c in pattern for c in "*?["):
                 self._literal.setdefault(pattern, index)
                 continue
-            text = _of_shell(pattern) if shell else pattern
+            text = _of_shell(pattern) if globs else pattern
             try:
-                self._set.Add(text)
-                self._in_set.append(index)
+                re2.compile(text, options=_options())
+                linear.append((index, text))
             except re2.error:
                 self._timed.append((index, getattr(_timed(text, where), how)))
-        if self._in_set:
-            self._set.Compile()
+        for start in range(0, len(linear), _SET_SIZE):
+            self._add_set(linear[start : start + _SET_SIZE], how)
+
+    def _add_set(self, patterns: list[tuple[int, str]], how: How) -> None:
+        """One RE2 set of these patterns; one by one where they are too large together."""
+        import re2
+
+        kinds = {"match": re2.Set.MatchSet, "search": re2.Set.SearchSet, "fullmatch": re2.Set.FullMatchSet}
+        made = kinds[how](_options())
+        try:
+            for _, text in patterns:
+                made.Add(text)
+            made.Compile()
+            self._sets.append((made, [index for index, _ in patterns]))
+        except re2.error:
+            for index, text in patterns:
+                self._timed.append((index, getattr(re2.compile(text, options=_options()), how)))
 
     @classmethod
     def match(cls, patterns: Iterable[str], *, where: str) -> Patterns:
@@ -119,7 +141,7 @@ class Patterns:
     @classmethod
     def fnmatch(cls, patterns: Iterable[str], *, where: str) -> Patterns:
         """Shell patterns over the whole name, case counts: * ? [seq]."""
-        return cls(patterns, "fullmatch", where, shell=True)
+        return cls(patterns, "fullmatch", where, globs=True)
 
     def first(self, name: str) -> int | None:
         """Index of the first pattern that matches."""
@@ -128,7 +150,7 @@ class Patterns:
     def all(self, name: str) -> list[int]:
         """Indices of all patterns that match, in order."""
         start = time.perf_counter()
-        found = [self._in_set[number] for number in self._set.Match(name) or ()] if self._in_set else []
+        found = [indices[number] for made, indices in self._sets for number in made.Match(name) or ()]
         found += [index for index, matches in self._timed if matches(name)]
         if name in self._literal:
             found.append(self._literal[name])
@@ -137,6 +159,7 @@ class Patterns:
             raise Unsafe(
                 "patterns take too long", where=self.where, found=f"{self._spent_seconds:.1f} s",
                 wanted=f"{limits.PATTERN_SECONDS_IN_ALL} s in all (PATTERN_SECONDS_IN_ALL)",
+                remedy="no genuine list takes so long: report the file where you got it",
             )
         return sorted(found)
 

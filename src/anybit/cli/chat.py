@@ -35,13 +35,13 @@ def chat(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Talk with a model; from a pipe, each line is a turn.
+    r"""Talk with a model; from a pipe, each line is a turn.
 
     anybit chat smollm2
 
     anybit chat ./qwen3-8b-w4a16 --system "Answer in one sentence." --temperature 0.7
 
-    printf 'Hello\\nAnd now?\\n' | anybit chat smollm2 --json
+    printf 'Hello\nAnd now?\n' | anybit chat smollm2 --json
     """
     output = make_output("json" if json else "quiet" if quiet else "human")
     importing = warm_up()

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-from anybit.checkpoints import Checkpoint, open as open_checkpoint
+from anybit.checkpoints import Checkpoint
+from anybit.checkpoints import open as open_checkpoint
 from anybit.cli.explain import UnitGroup, declared_arithmetic, fold_units
 from anybit.cli.output import Output, shown, size
 

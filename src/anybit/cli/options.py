@@ -44,7 +44,8 @@ MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", min=1, max=10_000_000, help="stop after so many", rich_help_panel=SAMPLING)
 ]
 Temperature = Annotated[
-    float, typer.Option("--temperature", min=0.0, max=100.0, help="0 takes the likeliest token", rich_help_panel=SAMPLING)
+    float, typer.Option("--temperature", min=0.0, max=100.0, help="0 takes the likeliest token",
+                        rich_help_panel=SAMPLING)
 ]
 TopP = Annotated[
     float, typer.Option("--top-p", min=0.0, max=1.0, help="keep the likeliest tokens of this share",

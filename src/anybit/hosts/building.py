@@ -42,7 +42,7 @@ def build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in _DROPPED}
     made = CONFIG_MAPPING[config["model_type"]].from_dict(kept)
     with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(made, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(made, dtype=dtype)  # type: ignore[no-untyped-call]
     return cast("Any", model.eval())
 
 

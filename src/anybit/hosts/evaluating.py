@@ -63,7 +63,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean nats of a token; infinite where that overflows."""
+        """The exponential of the mean nats of a token; infinite where that overflows."""
         mean = self.nats / self.tokens
         return math.exp(mean) if mean < 700 else math.inf
 

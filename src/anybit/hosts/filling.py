@@ -98,7 +98,7 @@ def _assign_layer(found: Assignment, layer: Layer, plan: Plan, only_quantized: b
         found.unused.append(layer.name)
     elif place.role:
         found.experts.setdefault(place.module, {}).setdefault(place.role, {})[place.expert] = layer.name
-    elif is_ours and type(naming.modules[place.module]) in _REPLACED | _subclasses(naming, place.module):
+    elif is_ours and _is_replaceable(naming.modules[place.module]):
         found.modules[place.module] = layer.name
     else:
         found.tensors[f"{place.module}.weight"] = layer.name
@@ -106,13 +106,10 @@ def _assign_layer(found: Assignment, layer: Layer, plan: Plan, only_quantized: b
             found.tensors[f"{place.module}.bias"] = layer.name
 
 
-_REPLACED: frozenset[type[nn.Module]] = frozenset({nn.Linear, nn.Embedding})
-
-
-def _subclasses(naming: Naming, module: str) -> frozenset[type[nn.Module]]:
-    """Scaled lookup tables are subclasses of Embedding that say their factor; other subclasses stay as they are."""
-    found = naming.modules[module]
-    return frozenset({type(found)}) if isinstance(found, nn.Embedding) and hasattr(found, "embed_scale") else frozenset()
+def _is_replaceable(module: nn.Module) -> bool:
+    """Plain linears and lookup tables, and tables that say the factor they scale by; other subclasses do more."""
+    scaled = isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")
+    return type(module) in (nn.Linear, nn.Embedding) or scaled
 
 
 def _keep_plain_experts(found: Assignment, naming: Naming, checkpoint: Checkpoint) -> None:
@@ -188,6 +185,7 @@ class Filler:
             if not isinstance(choice, Choice):
                 raise Unsupported("no kernel runs this layer as it turned out to be", where=name,
                                   found=str(weight.scheme), wanted=str(unit.scheme))
+        assert isinstance(choice, Choice)
         spec = choice.kernels["decode"][0]
         return implementation(spec).prepare(weight.to(device), self.dtype)
 

@@ -52,7 +52,7 @@ class _Bound(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move the buffers, then let the kernel take them again."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         product = self.product
         product.stored.bind({name: cast("Tensor", getattr(self, f"packed_{name}")) for name in self._stored_names})
         real = {name: cast("Tensor", getattr(self, name)).view(dtype) for name, dtype in self._beside.items()}
@@ -158,7 +158,7 @@ class AnybitExperts(nn.Module):
 
     def _gate_up(self, x: Tensor, expert: int) -> Tensor:
         if self.has_fused:
-            return self._projection("gate_up_proj", expert)(x)
+            return cast("Tensor", self._projection("gate_up_proj", expert)(x))
         gate, up = self._projection("gate_proj", expert)(x), self._projection("up_proj", expert)(x)
         if self.is_concatenated:
             return torch.cat([gate, up], dim=-1)

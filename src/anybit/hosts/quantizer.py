@@ -19,12 +19,12 @@ from anybit.planning.plan import plan_layers
 from anybit.platforms import detect
 
 
-class AnybitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class AnybitConfig(QuantizationConfigMixin):
     """What transformers carries around: where the checkpoint is."""
 
     def __init__(self, source: str = "", **options: Any) -> None:
         """`source` is the checkpoint's folder."""
-        self.quant_method = "anybit"
+        self.quant_method = "anybit"  # type: ignore[assignment]
         self.source = source
 
     @classmethod
@@ -38,7 +38,7 @@ class AnybitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {"quant_method": "anybit", "source": self.source}
 
 
-class AnybitQuantizer(HfQuantizer):  # type: ignore[misc]
+class AnybitQuantizer(HfQuantizer):
     """Replaces modules before transformers loads, fills them afterwards."""
 
     requires_calibration = False
@@ -84,7 +84,8 @@ class AnybitQuantizer(HfQuantizer):  # type: ignore[misc]
         assert self.filler is not None
         with torch.no_grad():
             self.filler.fill(with_plain=False)
-            for name, parameter in model.named_parameters():  # transformers 5.17 leaves renamed ones in the file's dtype
+            # transformers 5.17 leaves renamed parameters in the file's dtype
+            for name, parameter in model.named_parameters():
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.to(wanted_dtype(model, name, self.filler.dtype))
         demand_filled(model, self.filler.assignment.unused)

@@ -134,7 +134,8 @@ def render(tokenizer: Any, messages: Sequence[Message], *, for_answer: bool = Tr
 def _template_problem(error: Exception) -> AnybitError:
     found = f"{type(error).__name__}: {error}".split("\n")[0]
     if type(error).__name__ == "SecurityError":
-        return Unsafe("the chat template tries to leave its sandbox", found=found, wanted="a template that only writes text",
+        return Unsafe("the chat template tries to leave its sandbox", found=found,
+                      wanted="a template that only writes text",
                       remedy="do not load this model; report it where you got it")
     return Inconsistent("the chat template refuses this conversation", found=found,
                         wanted="roles and contents that it knows", remedy="leave --system out, or use --raw")
@@ -146,7 +147,8 @@ def _limited() -> Iterator[None]:
     timed = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise LimitExceeded("the chat template takes too long", wanted=f"at most {RENDER_SECONDS:.0f} s (RENDER_SECONDS)",
+        raise LimitExceeded("the chat template takes too long",
+                            wanted=f"at most {RENDER_SECONDS:.0f} s (RENDER_SECONDS)",
                             remedy="--raw works without it; report it where you got the model")
 
     before = signal.signal(signal.SIGALRM, stop) if timed else None

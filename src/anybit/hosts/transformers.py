@@ -122,7 +122,7 @@ def enable() -> None:
 
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = AnybitQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = AnybitConfig
-    original: Callable[..., Any] = modeling.get_hf_quantizer
+    original: Callable[..., Any] = modeling.get_hf_quantizer  # type: ignore[attr-defined]
     if getattr(original, "is_anybit", False):
         return
 
@@ -136,7 +136,7 @@ def enable() -> None:
         return original(config, quantization_config, *args, **kwargs)
 
     take_over.is_anybit = True  # type: ignore[attr-defined]
-    modeling.get_hf_quantizer = take_over  # type: ignore[assignment]
+    modeling.get_hf_quantizer = take_over  # type: ignore[attr-defined]
 
 
 def _name_weights(config: Any, folder: Path) -> None:

@@ -16,7 +16,7 @@ GIB: Final = 2**30
 _TERA: Final = 1e12
 FLAVOURS: Final[dict[str, Literal["fn", "fnuz", "none"]]] = {"fn": "fn", "fnuz": "fnuz", "none": "none"}
 
-_CPU_SOURCE: Final = {"bandwidth": "two channels of DDR5-4800, 76.8 GB/s peak; `anybit tune` measures the machine at hand"}
+_CPU_SOURCE: Final = {"all": "modelled: a desktop with two channels of DDR5 and eight cores at their sustained clock"}
 
 
 def _gpu(

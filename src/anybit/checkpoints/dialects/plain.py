@@ -70,7 +70,8 @@ def _matrix(contents: Contents, tensor: str) -> Layer:
     if bias in contents.tensors:
         names["bias"] = bias
     return Layer(
-        module, kind, info.shape, dense(FLOAT_DTYPES[info.dtype]), names, stored_bytes=contents.bytes_of(*names.values())
+        module, kind, info.shape, dense(FLOAT_DTYPES[info.dtype]), names,
+        stored_bytes=contents.bytes_of(*names.values()),
     )
 
 

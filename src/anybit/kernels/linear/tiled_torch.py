@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anybit.kernels.request import Regime
-from anybit.numerics.packing import PackedCodes, pack_stream
+from anybit.numerics.packing import PackedCodes, Sign, pack_stream
 from anybit.weights import Dense, QuantizedWeight, Weight
 
 TILE_BYTES = 16 * 2**20  # of decoded float32: stays within a few caches, and within the memory contract
@@ -28,7 +28,7 @@ def compact(weight: QuantizedWeight) -> QuantizedWeight:
         return replace(weight, stored_codes=codes.contiguous() if isinstance(codes, Tensor) else codes)
     signed = weight.scheme.element.startswith("int")
     packed = pack_stream(codes.view(torch.uint8) & (2**bits - 1) if signed else codes, bits, torch.uint8)
-    sign = "twos_complement" if signed else "unsigned"
+    sign: Sign = "twos_complement" if signed else "unsigned"
     return replace(weight, stored_codes=PackedCodes(packed, bits, codes.shape[-1], "stream", sign))
 
 

@@ -87,7 +87,13 @@ typedef struct {
 } anybit_weight;
 
 /* Return values: 0, or what was wrong with the call. */
-enum anybit_error { ANYBIT_OK = 0, ANYBIT_BAD_WEIGHT = 1, ANYBIT_BAD_INDEX = 2, ANYBIT_NO_MEMORY = 3, ANYBIT_BAD_ISA = 4 };
+enum anybit_error {
+    ANYBIT_OK = 0,
+    ANYBIT_BAD_WEIGHT = 1,
+    ANYBIT_BAD_INDEX = 2,
+    ANYBIT_NO_MEMORY = 3,
+    ANYBIT_BAD_ISA = 4
+};
 
 #if defined(__GNUC__)
 #define ANYBIT_API __attribute__((visibility("default")))

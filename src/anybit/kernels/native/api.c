@@ -65,7 +65,8 @@ static void run(anybit_job *job, void (*work)(void *), int64_t runs, int64_t byt
 /* ---- calls ----------------------------------------------------------------------------------------------------- */
 
 static int usable(const anybit_array *a) {
-    return !a->data || (a->format >= 0 && a->format < ANYBIT_FORMATS && a->row_block > 0 && a->group >= 0 && a->group % 16 == 0);
+    const int format = a->format >= 0 && a->format < ANYBIT_FORMATS;
+    return !a->data || (format && a->row_block > 0 && a->group >= 0 && a->group % 16 == 0);
 }
 
 int32_t anybit_check(const anybit_weight *w) {

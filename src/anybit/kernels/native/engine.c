@@ -1,9 +1,10 @@
 /* The engine: unpack, scale and multiply. Compiled once for each instruction set (ANYBIT_ENGINE names it); what differs
  * between them is in vector_*.h. Read upwards from `linear` and `decode` at the end.
  *
- * Four rows of W go together, so that each x is loaded once for four products and four memory streams are open. A row is
- * taken in pieces of PIECE columns: first its scales and offsets become float32, one for each unit of 16 or 32 columns
- * (sixteen conversions an instruction), then an instance made for (code, offset, unit) walks the blocks of 32 codes.
+ * Four rows of W go together: each x is loaded once for four products, and choices are made once for four rows. Rows
+ * are taken in pieces of a few thousand columns. First the piece's scales and offsets become float32, one for each unit
+ * of 16 or 32 columns (a whole vector an instruction); then an instance made for (code, offset, unit) walks the blocks
+ * of 32 codes. For up to four rows of x a block is decoded once, in registers.
  */
 #include "engine.h"
 #include "floats.h"
@@ -177,7 +178,8 @@ static void units_of(const anybit_array *a, int64_t expert, const int64_t *row, 
         convert_rows(a->format, start, rows, stored, entries);
         for (int r = 0; r < rows; r++) {
             if (ratio == 1 << shift)
-                for (int64_t i = 0; i < count; i += WIDTH) store(out[r] + i, repeated(entries[r] + (i >> shift), shift));
+                for (int64_t i = 0; i < count; i += WIDTH)
+                    store(out[r] + i, repeated(entries[r] + (i >> shift), shift));
             else if (ratio % WIDTH == 0)
                 for (int64_t i = 0; i < count; i += WIDTH) store(out[r] + i, splat(entries[r][i / ratio]));
             else
@@ -227,7 +229,8 @@ static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, in
     }
     if (w->offset.negate)
         for (int r = 0; r < rows; r++)
-            for (int64_t i = 0; i < count; i += WIDTH) store(p->offset[r] + i, sub(splat(-0.0f), load(p->offset[r] + i)));
+            for (int64_t i = 0; i < count; i += WIDTH)
+                store(p->offset[r] + i, sub(splat(-0.0f), load(p->offset[r] + i)));
 }
 
 /* ---- instances ------------------------------------------------------------------------------------------------ */
@@ -320,7 +323,8 @@ INLINE void expand_body(const anybit_weight *w, const pieces *p, int r, int64_t 
     }
 }
 
-typedef void dot_function(const anybit_weight *, const pieces *, int64_t, const float *const *, int64_t, float (*)[ROWS]);
+typedef void dot_function(const anybit_weight *w, const pieces *p, int64_t blocks, const float *const *x, int64_t from,
+                          float (*sums)[ROWS]);
 
 typedef struct {
     int unit;
@@ -331,12 +335,12 @@ typedef struct {
 /* Every combination that is compiled: X(kind, bits, signed, offset, unit). */
 #define OFFSETS(X, kind, bits, is_signed, unit) \
     X(kind, bits, is_signed, 0, unit) X(kind, bits, is_signed, 1, unit) X(kind, bits, is_signed, 2, unit)
-#define UNITS_AND_OFFSETS(X, kind, bits, is_signed) OFFSETS(X, kind, bits, is_signed, 16) OFFSETS(X, kind, bits, is_signed, 32)
+#define FULL(X, kind, bits, is_signed) \
+    OFFSETS(X, kind, bits, is_signed, 16) OFFSETS(X, kind, bits, is_signed, 32)
 #define INSTANCES(X) \
-    UNITS_AND_OFFSETS(X, 0, 1, 0) UNITS_AND_OFFSETS(X, 0, 2, 0) UNITS_AND_OFFSETS(X, 0, 3, 0) UNITS_AND_OFFSETS(X, 0, 4, 0) \
+    FULL(X, 0, 1, 0) FULL(X, 0, 2, 0) FULL(X, 0, 3, 0) FULL(X, 0, 4, 0) \
     X(0, 4, 0, 3, 16) X(0, 4, 0, 3, 32) X(0, 4, 0, 4, 16) X(0, 4, 0, 4, 32) \
-    UNITS_AND_OFFSETS(X, 1, 5, 0) UNITS_AND_OFFSETS(X, 1, 6, 0) UNITS_AND_OFFSETS(X, 1, 7, 0) \
-    UNITS_AND_OFFSETS(X, 1, 8, 0) UNITS_AND_OFFSETS(X, 1, 8, 1) \
+    FULL(X, 1, 5, 0) FULL(X, 1, 6, 0) FULL(X, 1, 7, 0) FULL(X, 1, 8, 0) FULL(X, 1, 8, 1) \
     X(2, 6, 0, 0, 16) X(2, 6, 0, 0, 32) X(2, 8, 0, 0, 16) X(2, 8, 0, 0, 32) \
     X(3, 32, 0, 0, 32) X(3, 16, 0, 0, 32) X(3, 17, 0, 0, 32)
 
@@ -365,12 +369,12 @@ INSTANCES(DEFINE)
 
 #define KEY(kind, bits, is_signed, offset, unit) \
     ((kind) << 12 | (bits) << 6 | (is_signed) << 5 | (offset) << 1 | ((unit) == 16))
-#define CASE(kind, bits, is_signed, offset, unit) \
-    case KEY(kind, bits, is_signed, offset, unit): \
-        return (instance){unit, \
-                          {NAME(dot1, kind, bits, is_signed, offset, unit), NAME(dot2, kind, bits, is_signed, offset, unit), \
-                           DOT4(kind, bits, is_signed, offset, unit)}, \
-                          NAME(expand, kind, bits, is_signed, offset, unit)};
+#define CASE(...) \
+    case KEY(__VA_ARGS__): \
+        return (instance){UNIT_OF(__VA_ARGS__), \
+                          {NAME(dot1, __VA_ARGS__), NAME(dot2, __VA_ARGS__), DOT4(__VA_ARGS__)}, \
+                          NAME(expand, __VA_ARGS__)};
+#define UNIT_OF(kind, bits, is_signed, offset, unit) unit
 
 static int fills_blocks(const anybit_array *a, int64_t cols) {
     return !a->data || a->group % BLOCK == 0 || a->group >= cols;
@@ -436,7 +440,8 @@ static void products(const anybit_weight *w, const instance *f, int64_t expert, 
 
 static float row_factor(const anybit_weight *w, int64_t expert, int64_t row) {
     const anybit_array *a = &w->factor;
-    return one_number(a->format, (const uint8_t *)a->data + expert * a->expert_stride + row / a->row_block * a->row_stride);
+    const int64_t at = expert * a->expert_stride + row / a->row_block * a->row_stride;
+    return one_number(a->format, (const uint8_t *)a->data + at);
 }
 
 /* The factor of a row, its bias, and the store. */
@@ -503,7 +508,7 @@ static void decode_row(const anybit_job *job, const instance *f, int64_t index, 
         int64_t k = 0;
         if (job->y_format == ANYBIT_F16)
             for (; k + WIDTH <= columns; k += WIDTH) store_half(out + k, load(buffer + k));
-        for (; k < columns; k++) out[k] = job->y_format == ANYBIT_F16 ? float_to_half(buffer[k]) : float_to_bfloat(buffer[k]);
+        for (; k < columns; k++) put(out, job->y_format, k, buffer[k]);
     }
 }
 

@@ -28,7 +28,8 @@ static inline uint16_t float_to_half(float f) {
     const uint32_t word = bits_of_float(f), twice = word + word;
     const float magnitude = float_of_bits(word & 0x7fffffffu) * 0x1p112f * 0x1p-110f;
     const uint32_t exponent = twice & 0xff000000u;
-    const float shifted = float_of_bits(((exponent < 0x71000000u ? 0x71000000u : exponent) >> 1) + 0x07800000u) + magnitude;
+    const uint32_t least = exponent < 0x71000000u ? 0x71000000u : exponent;
+    const float shifted = float_of_bits((least >> 1) + 0x07800000u) + magnitude;
     const uint32_t bits = bits_of_float(shifted), finite = ((bits >> 13) & 0x7c00u) + (bits & 0xfffu);
     return (uint16_t)((word >> 16 & 0x8000u) | (twice > 0xff000000u ? 0x7e00u : finite));
 }

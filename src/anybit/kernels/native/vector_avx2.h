@@ -99,7 +99,8 @@ INLINE void table_block(const int bits, const uint8_t *const plane[3], int64_t b
             __m256i bytes = eight_bytes(plane[0] + 16 * b + 8 * (i % 2));
             __m256i c = i < 2 ? bytes : _mm256_srli_epi32(bytes, 4);
             vec fourth = _mm256_castsi256_ps(_mm256_slli_epi32(c, 28)); /* blendv reads the sign bit */
-            out[i] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.lower, c), _mm256_permutevar8x32_ps(t.upper, c), fourth);
+            vec lower = _mm256_permutevar8x32_ps(t.lower, c), upper = _mm256_permutevar8x32_ps(t.upper, c);
+            out[i] = _mm256_blendv_ps(lower, upper, fourth);
             continue;
         }
         __m256i c;

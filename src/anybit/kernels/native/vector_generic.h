@@ -88,7 +88,10 @@ INLINE table table_of(const float *values) {
 }
 #define TABLE_MAP(t, expression) /* expression in v */ \
     do { \
-        for (int half_ = 0; half_ < 16; half_ += 8) { vec v = load((t).values + half_); store((t).values + half_, (expression)); } \
+        for (int half_ = 0; half_ < 16; half_ += 8) { \
+            vec v = load((t).values + half_); \
+            store((t).values + half_, (expression)); \
+        } \
     } while (0)
 
 /* The 32 codes of block b from their planes. */
