@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_load_genuine import READ, has, module_of, relative_error, unquantized
 
 import anybit
 from anybit.hosts.modules import AnybitLinear
 from conftest import CHECKPOINTS, EXPECTED, genuine
-from test_load_genuine import READ, has, module_of, relative_error, unquantized
 
 pytestmark = [
     pytest.mark.gpu,

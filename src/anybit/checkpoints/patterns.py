@@ -80,8 +80,8 @@ def _too_slow(pattern: str, where: str) -> Unsafe:
 class Patterns:
     """Patterns in their order; `first(name)` is the index of the first that matches, None if none does.
 
-    What RE2 compiles goes into RE2 sets, each matched in one pass; names without any pattern character are looked up in a
-    table. So 100 rules over 36,000 modules take a fraction of a second.
+    What RE2 compiles goes into RE2 sets, each matched in one pass; names without any pattern character are looked up
+    in a table. So 100 rules over 36,000 modules take a fraction of a second.
     Raises Damaged for a pattern that does not compile, LimitExceeded, and Unsafe for one that takes too long.
     """
 

@@ -215,8 +215,14 @@ def make_output(mode: Mode = "human", *, verbose: bool = False) -> Output:
     return Output(mode, _console(sys.stdout), _console(sys.stderr), verbose)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would end the process with 1; a closed pipe is no failure, and `main` knows what to do."""
+        raise  # noqa: PLE0704 - rich calls this while it handles the BrokenPipeError
+
+
 def _console(stream: TextIO) -> Console:
-    return Console(file=stream, markup=False, highlight=False, emoji=False)
+    return _Console(file=stream, markup=False, highlight=False, emoji=False)
 
 
 def to_json(data: object, indent: int | None = None) -> str:

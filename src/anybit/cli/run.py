@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def run(
     model: options.Model,
     prompt_: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="what to say to it", show_default=False)
+        str | None, typer.Argument(metavar="PROMPT", help="what to say to it", show_default=False)
     ] = None,
     prompt: Annotated[
         str | None,
@@ -60,6 +60,8 @@ def run(
     """
     output = make_output("json" if json else "quiet" if quiet else "human")
     text = _prompt(output, prompt_, prompt)
+    if not text.strip():
+        raise Unsupported("the prompt is empty", wanted="a question, or text to continue", remedy="--prompt TEXT")
     importing = warm_up()
     checkpoint = open_for_running(model, output)
     importing.join()

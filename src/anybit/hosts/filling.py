@@ -187,7 +187,8 @@ class Filler:
                                   found=str(weight.scheme), wanted=str(unit.scheme))
         assert isinstance(choice, Choice)
         spec = choice.kernels["decode"][0]
-        return implementation(spec).prepare(weight.to(device), self.dtype)
+        kernels = {regime: spec.name for regime, (spec, _) in choice.kernels.items()}
+        return implementation(spec).prepare(weight.to(device), self.dtype, kernels)
 
     def _module(self, path: str, name: str) -> nn.Module:
         original = cast("Placeholder", self.model.get_submodule(path)).original[0]

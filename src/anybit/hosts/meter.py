@@ -53,6 +53,7 @@ class Meter:
 
     def __enter__(self) -> Meter:
         """Begin: a thread samples the peak every two milliseconds."""
+        release_freed()  # what was freed before must not count against what is allocated now
         self._base = self._now()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -49,8 +50,8 @@ class Stored(Protocol):
 class Implementation(Protocol):
     """The code of a kernel's layout."""
 
-    def prepare(self, weight: Weight, dtype: torch.dtype) -> Stored:
-        """The weight in this layout; `dtype` is that of the activations."""
+    def prepare(self, weight: Weight, dtype: torch.dtype, kernels: Mapping[Regime, str]) -> Stored:
+        """The weight in this layout; `dtype` is that of the activations, `kernels` the plan's choice by regime."""
 
 
 def implementation(spec: KernelSpec) -> Implementation:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,6 @@ class StoredDense:
 class DenseProduct:
     """Implementation of `torch-dense`."""
 
-    def prepare(self, weight: Weight, dtype: torch.dtype) -> StoredDense:
+    def prepare(self, weight: Weight, dtype: torch.dtype, kernels: Mapping[Regime, str]) -> StoredDense:
         """The tensor in `dtype`."""
         return StoredDense(weight.dequantize().to(dtype) if not isinstance(weight, Dense) else weight.tensor.to(dtype))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,11 @@ TILE_BYTES = 4 * 2**20  # of decoded float32 for the prefill product: small enou
 class StoredPlanes:
     """A weight [N, K] as the compiled library reads it, its bias included."""
 
-    def __init__(self, planes: NativePlanes) -> None:
+    def __init__(self, planes: NativePlanes, expanded: frozenset[Regime]) -> None:
+        """`expanded` are the regimes that decode a tile and leave the product to torch."""
         self.shape = planes.shape
         self._planes = planes
+        self._expanded = expanded
         self._tile = max(64, TILE_BYTES // (4 * max(planes.cols, 1)))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -40,7 +44,7 @@ class StoredPlanes:
 
     def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """x [M, K] times W^T plus the weight's own bias: [M, N] in `out_dtype`."""
-        if regime != "prefill":
+        if regime not in self._expanded:
             return self._planes.linear(x, torch.empty((x.shape[0], self.shape[0]), dtype=out_dtype))
         rows = x.float()
         y = torch.empty((x.shape[0], self.shape[0]), dtype=torch.float32)
@@ -65,6 +69,6 @@ class StoredPlanes:
 class Planes:
     """Implementation of `native-matvec` and `native-expand`."""
 
-    def prepare(self, weight: Weight, dtype: torch.dtype) -> StoredPlanes:
+    def prepare(self, weight: Weight, dtype: torch.dtype, kernels: Mapping[Regime, str]) -> StoredPlanes:
         """Code planes; scales as stored."""
-        return StoredPlanes(from_weight(weight))
+        return StoredPlanes(from_weight(weight), frozenset(r for r, name in kernels.items() if name == "native-expand"))

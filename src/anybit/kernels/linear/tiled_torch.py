@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -116,7 +117,7 @@ def _tile_rows(weight: QuantizedWeight) -> int:
 class Tiled:
     """Implementation of `torch-tiled`."""
 
-    def prepare(self, weight: Weight, dtype: torch.dtype) -> StoredCanonical:
+    def prepare(self, weight: Weight, dtype: torch.dtype, kernels: Mapping[Regime, str]) -> StoredCanonical:
         """Codes packed to their width, scales as stored."""
         if isinstance(weight, Dense):
             raise TypeError("a Dense weight belongs to torch-dense")

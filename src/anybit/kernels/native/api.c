@@ -1,5 +1,6 @@
 /* The calls that Python makes: checks, choice of the engine, threads. */
 #include "engine.h"
+#include "pool.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -49,7 +50,7 @@ void anybit_set_parallel(parallel_fn *function) { parallel = function; }
  * microseconds. */
 static void run(anybit_job *job, void (*work)(void *), int64_t runs, int64_t bytes, int32_t threads) {
     const int64_t small = 96 << 10, per_thread = 4;
-    if (!parallel || threads < 1 || bytes < small) threads = 1;
+    if (threads < 1 || bytes < small) threads = 1;
     int64_t pieces = threads == 1 ? 1 : (threads * per_thread + runs - 1) / runs;
     int64_t rows = (job->rows + pieces - 1) / pieces;
     job->rows_per_item = rows < 4 ? 4 : (rows + 3) & ~(int64_t)3;
@@ -58,8 +59,10 @@ static void run(anybit_job *job, void (*work)(void *), int64_t runs, int64_t byt
     atomic_init(&job->next, 0);
     if (threads == 1 || job->items == 1)
         work(job);
-    else
+    else if (parallel)
         parallel(work, job, (unsigned)threads, 0);
+    else
+        pool_run(work, job, (unsigned)threads);
 }
 
 /* ---- calls ----------------------------------------------------------------------------------------------------- */
