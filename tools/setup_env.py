@@ -34,7 +34,7 @@ def main(folder: str, *extras: str) -> int:
         install_torch(python)
     wanted = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
     print("installing anybit" + (f" with {', '.join(extras)}" if extras else ""), flush=True)
-    return pip(python, "install", "--quiet", "-c", str(CONSTRAINTS), "-e", wanted)
+    return pip(python, "install", "-qq", "-c", str(CONSTRAINTS), "-e", wanted)
 
 
 def has_torch(python: str) -> bool:
@@ -50,7 +50,7 @@ def install_torch(python: str) -> None:
     if not index and not has_nvidia() and brings_cuda(python, pinned):
         index = CPU_INDEX
     print(f"installing {pinned}" + (f" from {index}" if index else ""), flush=True)
-    code = pip(python, "install", "--quiet", pinned, *(["--index-url", index] if index else []))
+    code = pip(python, "install", "-qq", pinned, *(["--index-url", index] if index else []))
     if code:
         raise SystemExit(code)
 
@@ -68,7 +68,7 @@ def has_nvidia() -> bool:
 
 def brings_cuda(python: str, pinned: str) -> bool:
     """True if the default index would install CUDA packages with torch."""
-    asked = [python, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed", "--report", "-", pinned]
+    asked = [python, "-m", "pip", "install", "--dry-run", "-qq", "--ignore-installed", "--report", "-", pinned]
     done = subprocess.run(asked, capture_output=True, text=True, check=False)
     if done.returncode:
         return False

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -338,6 +339,18 @@ def test_threads_do_not_change_a_bit(threads: int) -> None:
         assert all(torch.equal(planes.linear(x), alone) for _ in range(20))
     finally:
         torch.set_num_threads(before)
+
+
+def test_calls_from_several_threads_and_after_fork() -> None:
+    weight = build("uint4", (1000, 640), (ScaleLevel("float16", group(32)),))
+    planes, x = from_weight(weight), torch.randn(3, 640)
+    wanted = planes.linear(x)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(y, wanted) for y in pool.map(lambda _: planes.linear(x), range(200)))
+    child = os.fork()
+    if child == 0:  # its pool has no workers
+        os._exit(0 if torch.equal(planes.linear(x), wanted) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_subnormal_weights_are_kept(isa: str) -> None:

@@ -10,11 +10,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
-from anybit.checkpoints import gguf, safetensors
+from anybit.checkpoints import agreement, gguf, safetensors
 from anybit.checkpoints.checkpoint import Checkpoint
 from anybit.checkpoints.contents import DTYPES, Contents
 from anybit.checkpoints.dialects import DIALECTS, Dialect, dialect
-from anybit.checkpoints.folder import read_folder
+from anybit.checkpoints.folder import FolderContents, read_folder
 from anybit.checkpoints.names import Remark, find
 from anybit.errors import Damaged, Inconsistent, Unsupported
 
@@ -25,7 +25,6 @@ _QUANTIZED_ENDINGS: Final = (
     ".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_scale_2",
     ".absmax", ".quant_map", ".SCB", ".W_q", "_blocks", ".weight_zero_point", ".scaled_zeros",
 )
-_ALWAYS_PACKED: Final = ("gptq", "awq")
 _CODE_DTYPES: Final = ("U8", "I8", "I32", "I16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3",
                        "F6_E3M2")
 
@@ -49,10 +48,19 @@ def open(name: str | os.PathLike[str], remark: Remark | None = None) -> Checkpoi
     if ggufs:
         return _open_file(_only_model(path, ggufs))
     found = read_folder(path)
-    chosen = _dialect_of(found.contents)
-    reader = safetensors.Reader(found.stamps)
-    checkpoint = Checkpoint(found.contents, chosen, reader, (*found.remarks, *_code_note(path)))
-    _demand_codes(checkpoint)
+    return _declared(found, _code_note(path))
+
+
+def _declared(found: FolderContents, remarks: tuple[str, ...]) -> Checkpoint:
+    """The checkpoint of a proven folder, its parts compared with each other."""
+    agreement.demand_one_configuration(found.contents)
+    contents = agreement.with_method(found.contents)
+    chosen = _dialect_of(contents)
+    remarks = (*found.remarks, *remarks, *agreement.remark_on_method(found.contents, chosen.NAME))
+    checkpoint = Checkpoint(contents, chosen, safetensors.Reader(found.stamps), remarks)
+    for demand in agreement.DEMANDS:
+        demand(checkpoint)
+    checkpoint.notes += agreement.remark_on_leftovers(checkpoint)
     return checkpoint
 
 
@@ -93,18 +101,6 @@ def _dialect_of(contents: Contents) -> Dialect:
     if not signs:
         return dialect("plain")
     raise _undeclared(contents, signs)
-
-
-def _demand_codes(checkpoint: Checkpoint) -> None:
-    """Raise Inconsistent if a config of a dialect that always packs stands beside plain tensors."""
-    layers = checkpoint.layers.values()
-    if checkpoint.dialect not in _ALWAYS_PACKED or any(layer.scheme.is_quantized for layer in layers):
-        return
-    raise Inconsistent(
-        f"declared as {checkpoint.dialect}, but no tensor is quantized", where="config.json",
-        found=f"{len(checkpoint.contents.tensors)} plain tensors", wanted="packed codes and scales",
-        remedy="the config belongs to another file: remove quantization_config if the tensors are the plain model",
-    )
 
 
 def _quantized_signs(contents: Contents) -> list[str]:

@@ -16,6 +16,7 @@ from anybit.cli.folding import bits
 from anybit.cli.loading import Choices, load, open_for_running, warm_up
 from anybit.cli.output import Output, make_output, shown
 from anybit.errors import Inconsistent, LimitExceeded
+from anybit.kernels.request import scale_bytes
 from anybit.limits import MAX_PROMPT_BYTES
 from anybit.planning.plan import Plan
 
@@ -107,20 +108,18 @@ def _one(
     with output.progress(f"evaluating {name}", len(cut.ids), unit="windows") as advance:
         found = evaluate_windows(loaded, cut, lambda _: advance(1))
     plan: Plan = loaded.anybit.plan
-    return Result(name, plan.dtype, plan_bits(plan), found, time.perf_counter() - started)
+    return Result(name, plan.dtype, plan_bits(checkpoint, plan), found, time.perf_counter() - started)
 
 
-def plan_bits(plan: Plan) -> float:
-    """Bits that a weight takes in the plan's layouts, scales included, over all planned layers."""
-    elements = sum(_elements(unit.shape) * len(unit.layers) for unit in plan.units)
-    return bits(sum(unit.stored_bytes * len(unit.layers) for unit in plan.units), elements)
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
+def plan_bits(checkpoint: Checkpoint, plan: Plan) -> float:
+    """Bits of a weight over all layers, scales included: as stored, or as its online scheme would store it."""
+    stored = elements = 0
+    for unit in plan.units:
+        for layer in (checkpoint.layers[name] for name in unit.layers):
+            quantized = layer.elements * unit.scheme.weight_bits // 8 + scale_bytes(unit.scheme, layer.shape)
+            stored += layer.stored_bytes if unit.scheme == unit.declared else quantized
+            elements += layer.elements
+    return bits(stored, elements)
 
 
 def _print(output: Output, results: list[Result]) -> None:

@@ -218,7 +218,7 @@ def make_output(mode: Mode = "human", *, verbose: bool = False) -> Output:
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         """rich would end the process with 1; a closed pipe is no failure, and `main` knows what to do."""
-        raise  # noqa: PLE0704 - rich calls this while it handles the BrokenPipeError
+        raise  # rich calls this while it handles the BrokenPipeError
 
 
 def _console(stream: TextIO) -> Console:

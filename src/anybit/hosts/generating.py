@@ -125,9 +125,11 @@ class Session:
         shared = next((i for i, (a, b) in enumerate(zip(self.ids, prompt, strict=False)) if a != b),
                       min(len(self.ids), len(prompt)))
         shared = min(shared, len(prompt) - 1)  # at least one token gives the logits
+        if self.cache is not None and self.cache.get_seq_length() != len(self.ids):
+            self.cache = None  # the turn before was interrupted inside a forward pass
         if self.cache is not None and shared < len(self.ids):
             try:
-                self.cache.crop(shared)
+                self.cache.crop(shared - len(self.ids))  # negative: how many to take away
             except (ValueError, NotImplementedError, AttributeError, RuntimeError):
                 self.cache = None  # sliding windows and recurrent states cannot be cut back
         if self.cache is None or shared == 0:

@@ -67,14 +67,13 @@ class Library:
         if abi() != ABI:
             raise ValueError(f"{path.name} is of interface version {abi()}, wanted {ABI}")
 
-        def declare(name: str, *arguments: type, result: type | None = c_int32) -> ctypes._NamedFuncPointer:
+        def declare(name: str, *arguments: type, result: type = c_int32) -> ctypes._NamedFuncPointer:
             function = getattr(native, name)
             function.argtypes, function.restype = arguments, result
             return function  # type: ignore[no-any-return]
 
         self._isa = declare("anybit_isa", result=c_char_p)
         self._set_isa = declare("anybit_set_isa", c_char_p)
-        self._set_parallel = declare("anybit_set_parallel", c_void_p, result=None)
         self.check = declare("anybit_check", POINTER(WeightStruct))
         self.linear = declare(
             "anybit_linear", c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int32, c_int32
@@ -94,10 +93,6 @@ class Library:
     def set_isa(self, name: str) -> bool:
         """Use one instruction set ("" for the best); False, and no change, if the processor lacks it."""
         return bool(self._set_isa(name.encode()) == 0)
-
-    def set_parallel(self, gomp_parallel: int) -> None:
-        """Run on the threads of the OpenMP library whose GOMP_parallel is at this address; 0 for one thread."""
-        self._set_parallel(gomp_parallel or None)
 
 
 _opened: Library | None = None

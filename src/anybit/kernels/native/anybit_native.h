@@ -107,10 +107,6 @@ ANYBIT_API int32_t anybit_abi(void);
 ANYBIT_API const char *anybit_isa(void);
 ANYBIT_API int32_t anybit_set_isa(const char *name);
 
-/* Threads: NULL for the library's own pool (pool.h), or GOMP_parallel of an OpenMP library that is in the process. The
- * own pool waits for no thread that has not begun; a team of OpenMP's does, at every call. */
-ANYBIT_API void anybit_set_parallel(void (*parallel)(void (*)(void *), void *, unsigned, unsigned));
-
 /* 0 if this library can run the weight. */
 ANYBIT_API int32_t anybit_check(const anybit_weight *w);
 

@@ -41,11 +41,6 @@ int32_t anybit_set_isa(const char *name) {
 
 /* ---- threads --------------------------------------------------------------------------------------------------- */
 
-typedef void parallel_fn(void (*)(void *), void *, unsigned, unsigned);
-static parallel_fn *parallel;
-
-void anybit_set_parallel(parallel_fn *function) { parallel = function; }
-
 /* Cuts the rows of each run into items and runs them. Small work stays on the calling thread: waking another one costs
  * microseconds. */
 static void run(anybit_job *job, void (*work)(void *), int64_t runs, int64_t bytes, int32_t threads) {
@@ -59,8 +54,6 @@ static void run(anybit_job *job, void (*work)(void *), int64_t runs, int64_t byt
     atomic_init(&job->next, 0);
     if (threads == 1 || job->items == 1)
         work(job);
-    else if (parallel)
-        parallel(work, job, (unsigned)threads, 0);
     else
         pool_run(work, job, (unsigned)threads);
 }

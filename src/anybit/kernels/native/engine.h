@@ -32,7 +32,7 @@ typedef struct {
 typedef struct {
     const char *name;
     int32_t (*check)(const anybit_weight *w);
-    void (*linear)(void *job); /* the shape that GOMP_parallel calls */
+    void (*linear)(void *job);
     void (*decode)(void *job);
     void (*to_float)(int32_t format, const void *from, int64_t count, float *to); /* `to` has room for 15 more */
 } anybit_engine;

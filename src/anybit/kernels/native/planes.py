@@ -7,15 +7,13 @@ codes; a call costs a few microseconds before any arithmetic. Layout and order o
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from anybit.kernels.native import ABI, ArrayStruct, Library, MinifloatStruct, WeightStruct, library, why_missing
+from anybit.kernels.native import ABI, ArrayStruct, MinifloatStruct, WeightStruct, library, why_missing
 from anybit.kernels.native.support import (
     FLOAT,
     MINIMUM,
@@ -70,7 +68,6 @@ class Planes:
         element = code(scheme.element)
         if reasons or element is None:
             raise ValueError(f"the compiled CPU kernel cannot run {scheme}: {'; '.join(reasons)}")
-        _use_torch_threads(native)
         self.scheme, self.shape = scheme, shape
         self.rows, self.cols = shape[-2:]
         self.bias = bias
@@ -323,42 +320,3 @@ def _bits(codes: Tensor, shift: int) -> Tensor:
 
 
 _PACK: Final[dict[int, Callable[[Tensor, int], Tensor]]] = {8: _bytes, 4: _nibbles, 2: _pairs, 1: _bits}
-
-
-# ---- threads -------------------------------------------------------------------------------------------------------
-
-_threads_lock = threading.Lock()
-_threads_set = False
-
-
-def _use_torch_threads(native: Library) -> None:
-    """Hand the kernel the thread pool that torch uses: a second pool would spin beside it on the same cores."""
-    global _threads_set
-    with _threads_lock:
-        if not _threads_set:
-            native.set_parallel(gomp_parallel())
-            _threads_set = True
-
-
-def gomp_parallel() -> int:
-    """Address of GOMP_parallel in torch's OpenMP library (GNU's, or another with that entry); 0 if there is none."""
-    for path in _openmp_libraries():
-        try:
-            function = ctypes.CDLL(str(path)).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-        return ctypes.cast(function, ctypes.c_void_p).value or 0
-    return 0
-
-
-def _openmp_libraries() -> list[Path]:
-    """OpenMP libraries already in this process, torch's own first."""
-    home = Path(torch.__file__).parent
-    found = list((home / "lib").glob("lib*omp*"))
-    maps = Path("/proc/self/maps")
-    loaded = maps.read_text().split("\n") if maps.exists() else []
-    names = {line.split(maxsplit=5)[-1] for line in loaded if "/" in line}
-    mapped = sorted(Path(n) for n in names if Path(n).name.startswith(("libgomp", "libiomp5", "libomp")))
-    if not mapped:
-        return found
-    return sorted(mapped, key=lambda p: not p.is_relative_to(home.parent))
