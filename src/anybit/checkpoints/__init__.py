@@ -14,9 +14,10 @@ from anybit.checkpoints import agreement, gguf, safetensors
 from anybit.checkpoints.checkpoint import Checkpoint
 from anybit.checkpoints.contents import DTYPES, Contents
 from anybit.checkpoints.dialects import DIALECTS, Dialect, dialect
-from anybit.checkpoints.folder import FolderContents, read_folder
+from anybit.checkpoints.folder import PICKLES, FolderContents, read_folder
+from anybit.checkpoints.jsonfile import open_regular
 from anybit.checkpoints.names import Remark, find
-from anybit.errors import Damaged, Inconsistent, Unsupported
+from anybit.errors import Damaged, Inconsistent, Unsafe, Unsupported
 
 __all__ = ["Checkpoint", "open"]
 
@@ -39,7 +40,7 @@ def open(name: str | os.PathLike[str], remark: Remark | None = None) -> Checkpoi
         return _open_file(path)
     if not path.is_dir():
         raise Damaged("not a regular file or a folder", where=str(path), wanted="a folder or a .gguf file")
-    ggufs = sorted(path.glob("*.gguf"))
+    ggufs = sorted(file for file in path.glob("*.gguf") if not file.is_dir())
     tensors = any(path.glob("*.safetensors"))
     if ggufs and tensors:
         raise Inconsistent("safetensors and GGUF in one folder", where=str(path),
@@ -65,11 +66,31 @@ def _declared(found: FolderContents, remarks: tuple[str, ...]) -> Checkpoint:
 
 
 def _open_file(path: Path) -> Checkpoint:
+    if path.suffix in PICKLES:
+        raise Unsafe("a pickle can run code", where=str(path), found=f"a {path.suffix} file",
+                     wanted="a folder of safetensors files, or a .gguf file",
+                     remedy="use the model's safetensors release")
     if path.suffix == ".safetensors":
         raise Inconsistent("a single safetensors file has no config", where=str(path), wanted="its folder",
                            remedy=f"anybit inspect {path.parent}")
+    if path.suffix != ".gguf":
+        _demand_gguf(path)
     contents = gguf.read_contents(path)
     return Checkpoint(contents, dialect("gguf"), gguf.read_tensor)
+
+
+def _demand_gguf(path: Path) -> None:
+    """Raise Unsupported if a file of another name does not begin as GGUF does: it was never meant to be one."""
+    descriptor = open_regular(path)
+    try:
+        first = os.pread(descriptor, 4, 0)
+    except OSError as error:
+        raise Damaged("cannot be read", where=str(path), found=error.strerror or str(error)) from error
+    finally:
+        os.close(descriptor)
+    if first != b"GGUF":
+        raise Unsupported("no model file", where=str(path), found=f"first bytes {first!r}",
+                          wanted="a folder of safetensors files, or a .gguf file", remedy="give the model's folder")
 
 
 def _only_model(folder: Path, files: list[Path]) -> Path:

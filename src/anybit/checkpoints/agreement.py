@@ -195,11 +195,14 @@ def remark_on_leftovers(checkpoint: Checkpoint) -> tuple[str, ...]:
             orphans.append(stored)
         elif layer is not None and layer.scheme.is_quantized:
             strangers.append(stored)
-    remarks = [_counted(orphans, "belong to no quantized layer"), _counted(strangers, "of quantized layers are not used")]
+    remarks = [
+        _counted(orphans, "tensors of no quantized layer"),
+        _counted(strangers, "tensors beside a quantized layer that it does not use"),
+    ]
     cache = checkpoint.kv_cache
     if cache is not None:
         half = [f"{name}.{'kv'[pair.index('')]}" for name, pair in cache.scales.items() if pair.count("") == 1]
-        remarks.append(_counted(half, "scales of the key-value cache are missing: 1.0 there"))
+        remarks.append(_counted(half, "missing scales of the key-value cache, taken as 1.0"))
     return tuple(remark for remark in remarks if remark)
 
 
@@ -207,7 +210,7 @@ def _counted(names: list[str], what: str) -> str:
     if not names:
         return ""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]}{more}: {what}"
+    return f"{what}: {names[0]}{more}"
 
 
 DEMANDS: Final[tuple[Callable[[Checkpoint], None], ...]] = (

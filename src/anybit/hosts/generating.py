@@ -8,7 +8,6 @@ generate() 17.9). Temperature, top-k and top-p are transformers' own processors;
 from __future__ import annotations
 
 import inspect
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -251,7 +250,7 @@ def context_length(config: Any) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the allocator on a GPU, of the whole process on a CPU."""
+    """Peak memory so far: of the allocator on a GPU, of the process on a CPU; 0 where the system does not tell."""
     if device.type != "cpu":
         return int(torch.cuda.max_memory_allocated(device))
     try:
@@ -260,5 +259,9 @@ def peak_bytes(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere

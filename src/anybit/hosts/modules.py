@@ -17,6 +17,7 @@ from anybit.errors import DeviceProblem
 from anybit.kernels.catalogue import Stored
 from anybit.kernels.linear.tiled_torch import as_bits
 from anybit.kernels.product import Product
+from anybit.kernels.request import REGIMES
 from anybit.weights import Weight
 
 _PRODUCTS: weakref.WeakValueDictionary[int, _Bound] = weakref.WeakValueDictionary()
@@ -68,7 +69,7 @@ class _Bound(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """The product; through a custom operator where autograd or a compiler is watching."""
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        if _is_watched(x):
             return cast("Tensor", torch.ops.anybit.product(x, self.key, self.product.stored.shape[-2]))
         return self.product(x)
 
@@ -82,9 +83,14 @@ class AnybitLinear(_Bound):
     def __init__(self, product: Product) -> None:
         super().__init__(product)
         self.out_features, self.in_features = product.stored.shape[-2:]
+        # a decode step calls hundreds of layers: a plain product of few tokens goes straight to the kernel
+        self._step = getattr(product.stored, "step", None) if product.is_plain else None
+        self._few = REGIMES["decode"][0] * self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer."""
+        if self._step is not None and x.numel() <= self._few and not _is_watched(x):
+            return cast("Tensor", self._step(x))
         return self.multiply(x)
 
     def extra_repr(self) -> str:
@@ -170,6 +176,11 @@ class AnybitExperts(nn.Module):
             return cast("Tensor", apply(gate_up))
         gate, up = gate_up.chunk(2, dim=-1)
         return cast("Tensor", cast("Any", self.host).act_fn(gate)) * up
+
+
+def _is_watched(x: Tensor) -> bool:
+    """True where autograd or a compiler needs to see one operator."""
+    return (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling()
 
 
 def product_of(weight: Weight, stored: Stored, device: torch.device | str) -> Product:

@@ -23,6 +23,7 @@ from anybit.hosts.building import build
 from anybit.hosts.filling import Filler, Progress, assign, demand_filled
 from anybit.hosts.meter import Meter
 from anybit.hosts.plans import make_plan
+from anybit.hosts.steps import run_small_steps_alone
 from anybit.planning.plan import Plan
 from anybit.platforms import detect
 
@@ -86,6 +87,8 @@ def _build_and_fill(
     with torch.no_grad():
         filler.fill()
     demand_filled(model, assignment.unused)
+    if target.type == "cpu" and any(unit.choice.layout == "planes" for unit in chosen.units):
+        run_small_steps_alone(model)
     if target.type != "cpu":
         model.to(target)  # rotary tables and other buffers; the weights are there already
     return model, assignment.unused

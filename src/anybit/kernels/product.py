@@ -35,6 +35,11 @@ class Product:
     pre_scale: Tensor | None = None
     bias: Tensor | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """True if nothing happens to x before the product or to y after it, but the bias."""
+        return self.pre_scale is None and self.scheme.activation is None and self.scheme.output is None
+
     def __call__(self, x: Tensor) -> Tensor:
         """x [.., K] in a float dtype -> [.., N] in the same dtype."""
         rows = x.reshape(-1, x.shape[-1])

@@ -42,6 +42,10 @@ class StoredPlanes:
                     remedy="anybit.load(..., device='cuda')",
                 )
 
+    def step(self, x: Tensor) -> Tensor:
+        """As `linear` for few tokens, x [.., K] -> [.., N] of x's dtype, bias included: nothing between host and C."""
+        return self._planes.linear(x)
+
     def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """x [M, K] times W^T plus the weight's own bias: [M, N] in `out_dtype`."""
         if regime not in self._expanded:

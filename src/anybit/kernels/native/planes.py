@@ -7,6 +7,7 @@ codes; a call costs a few microseconds before any arithmetic. Layout and order o
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
@@ -30,7 +31,7 @@ from anybit.numerics.packing import PackedCodes
 from anybit.schemes import Offset, ScaleLevel, Scheme
 from anybit.weights import Dense, QuantizedWeight, scale_values
 
-__all__ = ["Planes", "from_weight", "pack_planes"]
+__all__ = ["Planes", "from_weight", "keep_threads", "pack_planes", "threads"]
 
 RUN: Final = 32  # codes that share bytes
 _SLACK: Final = 64  # bytes that must be readable beyond scales and offsets
@@ -173,7 +174,7 @@ class Planes:
         types = _FORMATS[x.dtype] | _FORMATS[out.dtype] << 4 | self._bias_type
         wrong = self._linear(
             self._address, flat.data_ptr(), stride, out.data_ptr(), self.rows, self._bias, rows, types,
-            torch.get_num_threads(),
+            threads(),
         )  # fmt: skip
         if wrong:
             raise MemoryError("no memory for a float32 copy of x")
@@ -202,7 +203,7 @@ class Planes:
         types = _FORMATS[x.dtype] | _FORMATS[out.dtype] << 4 | self._bias_type
         wrong = self._linear_experts(
             self._address, flat.data_ptr(), flat.shape[0], flat.stride(0), expert_ids.data_ptr(), tokens, pairs,
-            out.data_ptr(), self.rows, self._bias, types, torch.get_num_threads(),
+            out.data_ptr(), self.rows, self._bias, types, threads(),
         )  # fmt: skip
         if wrong == 2:
             raise IndexError("an expert or token id out of range")
@@ -233,11 +234,24 @@ class Planes:
             raise ValueError(f"out {tuple(out.shape)} for rows of {self.cols}")
         wrong = self._decode(
             self._address, None if indices is None else indices.data_ptr(), start, out.shape[0], out.data_ptr(),
-            out.stride(0), _FORMATS[out.dtype], torch.get_num_threads(),
+            out.stride(0), _FORMATS[out.dtype], threads(),
         )  # fmt: skip
         if wrong:
             raise IndexError(f"rows beyond the {self._struct.experts * self.rows} there are")
         return out
+
+
+_kept = threading.local()
+
+
+def threads() -> int:
+    """Threads that a call may use: torch's number, or what `keep_threads` put aside on this thread."""
+    return getattr(_kept, "count", 0) or torch.get_num_threads()
+
+
+def keep_threads(count: int) -> None:
+    """Use `count` threads in calls from this thread whatever torch's number becomes; 0 follows torch again."""
+    _kept.count = count
 
 
 def from_weight(weight: QuantizedWeight | Dense) -> Planes:
