@@ -6,7 +6,7 @@ Kernels take the parts (`codes`, `scales`, ...) and store them their way; nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -341,47 +341,6 @@ def _single_rows(scheme: Scheme) -> Scheme:
         block = (min(offset.block[0], 1), offset.block[1])
         offset = replace(offset, block=block, levels=tuple(level(lv) for lv in offset.levels))
     return replace(scheme, scales=tuple(level(lv) for lv in scheme.scales), offset=offset)
-
-
-def stack(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Weights [N, K] of one scheme as a stack [E, N, K].
-
-    Static activation tensors get a leading E too. Raises ValueError where the weights are unlike or carry an input
-    transform of their own (each then stays by itself).
-    """
-    first = weights[0]
-    if any(w.scheme != first.scheme or w.shape != first.shape for w in weights):
-        raise ValueError("weights of unlike schemes or shapes")
-    if first.group_map is not None or first.pre_scale is not None:
-        raise ValueError("weights with input transforms of their own")
-    if any((w.bias is None) != (first.bias is None) for w in weights):
-        raise ValueError("some weights have a bias")
-    codes = [w.stored_codes for w in weights]
-    packed = [c for c in codes if isinstance(c, PackedCodes)]
-    plain = [c for c in codes if isinstance(c, Tensor)]
-    if packed and (plain or len({(c.bits, c.count, c.order, c.sign) for c in packed}) > 1):
-        packed, plain = [], [w.codes for w in weights]
-    together: Tensor | PackedCodes
-    together = replace(packed[0], data=torch.stack([c.data for c in packed])) if packed else torch.stack(plain)
-    return replace(
-        first,
-        shape=(len(weights), *first.shape),
-        stored_codes=together,
-        scales=tuple(torch.stack([w.scales[i] for w in weights]) for i in range(len(first.scales))),
-        offset=_stack_optional([w.offset for w in weights]),
-        offset_scales=tuple(
-            torch.stack([w.offset_scales[i] for w in weights]) for i in range(len(first.offset_scales))
-        ),
-        activation={
-            name: torch.stack([w.activation[name].reshape(-1) for w in weights]) for name in first.activation
-        },
-        bias=_stack_optional([w.bias for w in weights]),
-    )
-
-
-def _stack_optional(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    present = [t for t in tensors if t is not None]
-    return torch.stack(present) if present else None
 
 
 def _cut_blocks(

@@ -210,7 +210,7 @@ def test_a_hub_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
             "import os, anybit, time\nfrom anybit.checkpoints import names\n"
             "before = dict(os.environ)\nnames._HUB_SECONDS = 0.5\nstart = time.perf_counter()\n"
             "try: anybit.open('organisation/missing-model')\n"
-            "except anybit.AnybitError as e: print(e.kind, time.perf_counter() - start < 8, dict(os.environ) == before)"
+            "except anybit.AnybitError as e: print(e.kind, time.perf_counter() - start < 10, dict(os.environ) == before)"
         )
         environment = {**ENVIRONMENT, "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
                        "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}

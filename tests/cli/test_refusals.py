@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from anybit.cli import main
 from checkpoints.broken import BROKEN
 from checkpoints.writing import folder_of, matrix
+from cli.tiny_model import write_tiny_llama
 
 SEEN_BY_OPEN = [name for name, case in BROKEN.items() if case.is_seen_by_open]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "COLUMNS": "400"}
@@ -22,6 +24,15 @@ def anybit(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, as a user types it."""
     command = [sys.executable, "-P", "-m", "anybit", *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, cwd=cwd, timeout=60)
+
+
+def with_tokenizer(folder: Path) -> str:
+    """The folder, with what `run` asks for before it loads anything."""
+    donor = write_tiny_llama(folder.parent / "donor")
+    for file in donor.glob("*token*"):
+        if not (folder / file.name).exists():
+            shutil.copy(file, folder)
+    return str(folder)
 
 
 @pytest.mark.parametrize("name", SEEN_BY_OPEN)
@@ -44,7 +55,7 @@ def test_run_refuses_it(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     case = BROKEN[name]
-    assert main.main(["run", str(case.make(tmp_path / "m")), "hello", "--device", "cpu"]) == 2
+    assert main.main(["run", with_tokenizer(case.make(tmp_path / "m")), "hello", "--device", "cpu"]) == 2
     out, err = capfd.readouterr()
     assert out == ""
     assert case.words in err
@@ -56,7 +67,7 @@ def test_run_refuses_it(
 ])  # fmt: skip
 def test_the_process_itself_ends_with_2(command: str, name: str, tmp_path: Path) -> None:
     case = BROKEN[name]
-    folder = str(case.make(tmp_path / "m"))
+    folder = with_tokenizer(case.make(tmp_path / "m"))
     done = anybit(command, folder, *(["hello", "--device", "cpu"] if command == "run" else []), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert case.words in done.stderr

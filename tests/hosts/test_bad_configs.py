@@ -96,3 +96,21 @@ def test_one_missing_expert_is_named(tmp_path: Path) -> None:
     tensors = {f"model.layers.0.mlp.experts.1.up_proj.{leaf}": None for leaf in leaves}
     error = refused(altered(EXPERTS, tmp_path / "m", tensors))
     assert (error.kind, error.found) == ("inconsistent", "up_proj: 1")
+
+
+@line("CF07")
+def test_a_tied_head_is_the_embedding_table_whatever_is_stored(tmp_path: Path) -> None:
+    """As transformers does; the stored head is told among what was not used."""
+    model = anybit.load(altered(ACT_ORDER, tmp_path / "m", config={"tie_word_embeddings": True}), device="cpu")
+    x = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
+    table = model.anybit.checkpoint.read("model.embed_tokens").dequantize()
+    # two float32 sums of 256 products in different orders
+    assert (model.lm_head(x) - x @ table.T).abs().max() <= 256 * 2.0**-24 * (x.abs() @ table.T.abs()).max()
+    assert model.anybit.unused == ("lm_head",)
+
+
+@line("CF08")
+def test_without_a_tokenizer_the_model_still_loads(tmp_path: Path) -> None:
+    folder = altered(ACT_ORDER, tmp_path / "m")
+    assert not list(folder.glob("tokenizer*"))
+    assert anybit.load(folder, device="cpu").config.model_type == "qwen2"

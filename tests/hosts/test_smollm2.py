@@ -49,11 +49,11 @@ def test_greedy_answers_equal_the_reference_token_for_token(number: int) -> None
 @pytest.mark.slow
 def test_bits_per_byte_equal_the_reference() -> None:
     from anybit.hosts.evaluating import bits_per_byte
-    from anybit.hosts.tokenizers import tokenizer_of
+    from anybit.hosts.tokenizers import tokenizer_for
 
     assert SHARED is not None
     text = (SHARED / "corpus" / "eval.txt").read_text()
-    found = bits_per_byte(loaded(), tokenizer_of(anybit.open(SMOLLM2)), text)
+    found = bits_per_byte(loaded(), tokenizer_for(anybit.open(SMOLLM2)), text)
     assert found.tokens == 11753
     assert found.bits_per_byte == pytest.approx(1.3799194647, abs=1e-5)
 

@@ -27,7 +27,7 @@ _MAX_BYTES: Final = 1 << 30
 _PARTIAL: Final = ".partial-"
 _ABANDONED_SECONDS: Final = 3600.0
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
-_HUB_SECONDS: Final = 8.0  # for the hub's first answer; a refusal comes within 10
+_HUB_SECONDS: Final = 5.0  # for the hub's first answer; its library takes 3 to start, a refusal comes within 10
 _HUB_FILES: Final = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
 _HUB_TWICE: Final = ["consolidated*", "original/*"]  # the model a second time
 
@@ -142,17 +142,23 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(
-            name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_TWICE, etag_timeout=_HUB_SECONDS,
-        ))
+        HfApi().model_info(name, timeout=_HUB_SECONDS)  # snapshot_download asks the same, but waits for ever
+        is_online = True
     except RepositoryNotFoundError as error:
         raise Inconsistent("the hub has no such model", where=name, found="not found, or private",
                            wanted="a model you can see", remedy="check the spelling; `hf auth login`") from error
-    except Exception as error:  # its own errors, those of its HTTP library (which changes by version), of the disk
-        raise Unsupported("the hub does not answer and the model is not in the cache", where=name,
-                          found=type(error).__name__, wanted="a connection, or a local copy",
+    except Exception:  # the hub's own errors and those of its HTTP library, which changes by version
+        is_online = False
+    try:
+        return Path(snapshot_download(
+            name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_TWICE, local_files_only=not is_online,
+        ))
+    except Exception as error:  # as above, and those of the disk
+        what = "the download failed" if is_online else "the hub does not answer and the model is not in the cache"
+        raise Unsupported(what, where=name, found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:200],
+                          wanted="a connection, or a local copy",
                           remedy="check the network, or give a folder's path") from error

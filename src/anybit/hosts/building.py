@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from anybit.errors import Unsupported
 from anybit.hosts.filling import demand_known
 
 
@@ -35,14 +36,24 @@ def build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
     Only architectures that transformers itself knows: no code of the checkpoint runs.
     """
+    import transformers
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     demand_known(config.get("model_type"))
     kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in _DROPPED}
-    made = CONFIG_MAPPING[config["model_type"]].from_dict(kept)
-    with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(made, dtype=dtype)  # type: ignore[no-untyped-call]
+    try:
+        made = CONFIG_MAPPING[config["model_type"]].from_dict(kept)
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(made, dtype=dtype)  # type: ignore[no-untyped-call]
+    except Exception as error:  # whatever a stranger's values provoke inside the architecture
+        raise Unsupported(
+            f"transformers {transformers.__version__} cannot build a model from this config",
+            where="config.json",
+            found=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}",
+            wanted=f"a config that {config['model_type']} models accept",
+            remedy="take the config from where the tensors came from, or try another transformers version",
+        ) from error
     return cast("Any", model.eval())
 
 

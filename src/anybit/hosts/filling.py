@@ -94,7 +94,8 @@ def _assign_layer(found: Assignment, layer: Layer, plan: Plan, only_quantized: b
         found.tensors[direct] = layer.name
         return
     place = naming.place(layer.name)
-    if place is None:
+    if place is None or (place.module == naming.tied_head and not layer.scheme.is_quantized):
+        # the config decides that a head is tied, whatever is stored beside; tools that quantize it untie it silently
         found.unused.append(layer.name)
     elif place.role:
         found.experts.setdefault(place.module, {}).setdefault(place.role, {})[place.expert] = layer.name
@@ -193,6 +194,7 @@ class Filler:
     def _module(self, path: str, name: str) -> nn.Module:
         original = cast("Placeholder", self.model.get_submodule(path)).original[0]
         weight = self._read(name)
+        _demand_shape(name, weight, _shape_of(original))
         device = self.device_of(path)
         if not isinstance(original, nn.Embedding):
             return self._linear(name, weight, device)
@@ -205,10 +207,31 @@ class Filler:
         count = int(cast("int", getattr(host, "num_experts", 0))) or 1 + max(i for by in roles.values() for i in by)
         _demand_roles(path, roles, count)
         device = self.device_of(path)
+        self._demand_expert_shapes(host, roles)
         projections = {role: list(self._projection(by, count, device)) for role, by in roles.items()}
         for parameter in [n for n, _ in host.named_parameters(recurse=False)]:
             delattr(host, parameter)
         return AnybitExperts(host, count, projections)
+
+    def _demand_expert_shapes(self, host: nn.Module, roles: Mapping[str, Mapping[int, str]]) -> None:
+        """[N, K] of every expert against the fused parameters that the host has for them."""
+        wanted: dict[str, tuple[int, int]] = {}
+        for name, parameter in host.named_parameters(recurse=False):
+            if parameter.dim() == 3:
+                rows, columns = parameter.shape[-2:]
+                wanted[name] = (columns, rows) if getattr(host, "is_transposed", False) else (rows, columns)
+        if "gate_up_proj" in wanted:
+            rows, columns = wanted["gate_up_proj"]
+            wanted["gate_proj"] = wanted["up_proj"] = (rows // 2, columns)
+        for role, by in roles.items():
+            for name in by.values():
+                shape = self.checkpoint.layers[name].shape
+                if role in wanted and shape[-2:] != wanted[role]:
+                    raise Inconsistent(
+                        "the experts and the model's config disagree about the shape", where=name,
+                        found=f"{list(shape)} in the checkpoint", wanted=f"{list(wanted[role])} by config.json",
+                        remedy="the config belongs to another model: take both from one source",
+                    )
 
     def _projection(self, by: Mapping[int, str], count: int, device: torch.device) -> Iterator[AnybitLinear]:
         if -1 in by:
@@ -230,14 +253,7 @@ class Filler:
         path, _, name = parameter.rpartition(".")
         module = self.model.get_submodule(path)
         old = cast("Tensor", getattr(module, name))
-        if old.shape != value.shape:
-            raise Inconsistent(
-                "the tensor and the model's config disagree about the shape",
-                where=parameter,
-                found=f"{list(value.shape)} in the checkpoint",
-                wanted=f"{list(old.shape)} by config.json",
-                remedy="the config belongs to another model: take both from one source",
-            )
+        _demand_shape(parameter, value, tuple(old.shape))
         dtype = wanted_dtype(self.model, parameter, self.dtype) if value.is_floating_point() else value.dtype
         value = value.to(device=self.device_of(path), dtype=dtype)
         if name in module._buffers:
@@ -249,12 +265,32 @@ class Filler:
         """A head without tensors of its own reads the embedding table."""
         model = cast("Any", self.model)
         table = model.get_input_embeddings()
+        head = model.get_output_embeddings()
+        if isinstance(head, AnybitLinear):
+            return
         if not isinstance(table, AnybitEmbedding):
             model.tie_weights()
-            return
-        head = model.get_output_embeddings()
-        if isinstance(head, nn.Linear) and head.weight.is_meta and getattr(model.config, "tie_word_embeddings", False):
+        elif self.assignment.naming.tied_head:
             model.set_output_embeddings(TiedHead(table))
+
+
+def _shape_of(module: nn.Module) -> tuple[int, int]:
+    """[N, K] of a linear, [rows, columns] of a table, also where its parameters are elsewhere."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    return int(cast("int", module.out_features)), int(cast("int", module.in_features))
+
+
+def _demand_shape(name: str, found: Weight | Tensor, wanted: tuple[int, ...]) -> None:
+    """Raise Inconsistent if the checkpoint's tensor has another shape than the model's config makes it."""
+    if tuple(found.shape) != wanted:
+        raise Inconsistent(
+            "the tensor and the model's config disagree about the shape",
+            where=name,
+            found=f"{list(found.shape)} in the checkpoint",
+            wanted=f"{list(wanted)} by config.json",
+            remedy="the config belongs to another model: take both from one source",
+        )
 
 
 def wanted_dtype(model: nn.Module, parameter: str, dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from torch import nn
 
@@ -49,6 +49,11 @@ class Naming:
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._prefix: str = getattr(model, "base_model_prefix", "")
+        host = cast("Any", model)
+        head = host.get_output_embeddings() if hasattr(host, "get_output_embeddings") else None
+        is_tied = getattr(getattr(host, "config", None), "tie_word_embeddings", False)
+        # path of an output head that the config ties to the embedding table, "" where there is none
+        self.tied_head = next((name for name, m in self.modules.items() if m is head), "") if is_tied else ""
 
     def parameter(self, name: str) -> str:
         """The model's parameter for the checkpoint's tensor `name`; "" if it has none of its own."""

@@ -2,8 +2,8 @@
 
 A decode step of one token has hundreds of operations that are too small to share. torch shares some of them anyway
 (attention), and its second thread then spins between them for milliseconds on the core where our pool's worker would
-run: on two cores a step took 1.5 to 5 times as long. So while a model computes a step of a few tokens, torch's number of
-threads is 1 and the packed products keep the number there was before.
+run: on two cores a step took 1.3 to 5 times as long. So while a model computes a step of a few tokens, torch's number
+of threads is 1 and the packed products keep the number there was before.
 """
 
 from __future__ import annotations

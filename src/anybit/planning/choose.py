@@ -79,6 +79,13 @@ def choose(request: Request, platform: Platform, override: str | None = None) ->
     return Choice(layout, chosen, tuple(refused), slower)
 
 
+def demand_known(kernel: str) -> None:
+    """Raise Unsupported, with the list of names, for a kernel that does not exist."""
+    names = [k.name for k in KERNELS]
+    if kernel not in names:
+        raise Unsupported(f"no kernel is called {kernel!r}", wanted="one of: " + ", ".join(names))
+
+
 def _total(found: Mapping[Regime, tuple[KernelSpec, float]]) -> float:
     return sum(WEIGHTS[regime] * seconds for regime, (_, seconds) in found.items())
 
@@ -86,9 +93,7 @@ def _total(found: Mapping[Regime, tuple[KernelSpec, float]]) -> float:
 def _only(
     complete: dict[str, dict[Regime, tuple[KernelSpec, float]]], override: str, refused: list[Refusal]
 ) -> dict[str, dict[Regime, tuple[KernelSpec, float]]]:
-    names = [k.name for k in KERNELS]
-    if override not in names:
-        raise Unsupported(f"no kernel is called {override!r}", wanted="one of: " + ", ".join(names))
+    demand_known(override)
     layout = next(k.layout for k in KERNELS if k.name == override)
     if layout not in complete:
         reasons = [f"{r.regime}: {reason.text}" for r in refused if r.kernel == override for reason in r.reasons]
@@ -107,7 +112,13 @@ def reasons_to_dict(refused: tuple[Refusal, ...]) -> list[dict[str, Any]]:
     for refusal in refused:
         key = (refusal.kernel, tuple(r.text for r in refusal.reasons))
         row = folded.setdefault(
-            key, {"kernel": refusal.kernel, "regimes": [], "reasons": [r.to_dict() for r in refusal.reasons]}
+            key,
+            {
+                "kernel": refusal.kernel,
+                "regimes": [],
+                "reason": "; ".join(key[1]),
+                "reasons": [r.to_dict() for r in refusal.reasons],
+            },
         )
         row["regimes"].append(refusal.regime)
     return list(folded.values())

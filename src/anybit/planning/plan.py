@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 
 from anybit.errors import Unsupported
 from anybit.kernels.request import REGIMES, Regime, Request
-from anybit.planning.choose import Choice, Refusal, choose, reasons_to_dict
+from anybit.planning.choose import Choice, Refusal, choose, demand_known, reasons_to_dict
 from anybit.planning.memory import DTYPE_BYTES, Memory, predict
 from anybit.platforms import Platform
 from anybit.schemes import Layer, LayerKind, Scheme
@@ -62,6 +62,8 @@ class PlanUnit:
     def executed(self) -> str:
         """The executed arithmetic in words."""
         element = self.scheme.activation.element if self.scheme.activation else None
+        if self.kind == "embedding":
+            return f"{self.scheme.element} rows looked up, decoded to {self.dtype}"
         if not self.scheme.is_quantized:
             return f"{self.dtype} product"
         left = f"{self.scheme.element} weights"
@@ -168,6 +170,8 @@ def plan_layers(
 
     `quantize` gives the scheme that a layer is quantized to while loading, None to leave it.
     """
+    if kernel is not None:
+        demand_known(kernel)
     groups: dict[tuple[LayerKind, Scheme, Scheme, tuple[int, ...]], list[Layer]] = {}
     for layer in checkpoint.layers.values():
         scheme = (quantize(layer) if quantize is not None else None) or layer.scheme

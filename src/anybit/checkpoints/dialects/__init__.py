@@ -34,6 +34,9 @@ DIALECTS: Final = {
     "fp8": "anybit.checkpoints.dialects.fp8",
     "fbgemm_fp8": "anybit.checkpoints.dialects.fbgemm_fp8",
     "gpt_oss_mxfp4": "anybit.checkpoints.dialects.gpt_oss_mxfp4",
+    "bitsandbytes": "anybit.checkpoints.dialects.bitsandbytes",
+    "torchao": "anybit.checkpoints.dialects.torchao",
+    "hqq": "anybit.checkpoints.dialects.hqq",
     "plain": "anybit.checkpoints.dialects.plain",
 }
 

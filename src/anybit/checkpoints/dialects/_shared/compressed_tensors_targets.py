@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from typing import Final
 
 from anybit.checkpoints.dialects._shared.compressed_tensors_config import WHERE, Config, Group
-from anybit.checkpoints.dialects._shared.joined_patterns import matching
 from anybit.checkpoints.patterns import Patterns
 from anybit.errors import Inconsistent
 
@@ -31,7 +30,7 @@ class Targets:
         self._regexes = sorted(t for t in self._groups if t.startswith(_REGEX))
         self._patterns = Patterns.match(_patterns(self._regexes), where=f"{WHERE}.config_groups")
         self._ignored_names = {entry for entry in config.ignore if not entry.startswith(_REGEX)}
-        self._ignored_patterns = matching(_patterns(config.ignore), where=f"{WHERE}.ignore")
+        self._ignored_patterns = Patterns.match(_patterns(config.ignore), where=f"{WHERE}.ignore")
 
     def group_of(self, module: str, class_name: str) -> Group:
         """The group of a module that holds codes; Inconsistent if none targets it or `ignore` names it."""

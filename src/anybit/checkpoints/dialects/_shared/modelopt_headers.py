@@ -13,8 +13,8 @@ from typing import Final
 from anybit.checkpoints.checks import expect_dtype, expect_shape, need
 from anybit.checkpoints.contents import FLOAT_DTYPES, Contents, TensorInfo
 from anybit.checkpoints.dialects import plain
-from anybit.checkpoints.dialects._shared.joined_patterns import wildcards
 from anybit.checkpoints.dialects._shared.modelopt_config import LayerRule, Settings
+from anybit.checkpoints.patterns import Patterns
 from anybit.errors import Inconsistent, Unsupported
 from anybit.schemes import CHANNEL, TENSOR, ActivationSpec, Block, Layer, LayerKind, ScaleLevel, Scheme, group
 
@@ -37,8 +37,8 @@ def layers_with_codes(contents: Contents, settings: Settings) -> dict[str, Layer
 
 def _exclusion(settings: Settings) -> Callable[[str], bool]:
     """Whether a wildcard of the config names a module."""
-    joined, others = wildcards(settings.exclude, where="quantization_config.ignore")
-    return lambda module: joined.first(module) is not None or others.first(module) is not None
+    patterns = Patterns.fnmatch(settings.exclude, where="quantization_config.ignore")
+    return lambda module: patterns.first(module) is not None
 
 
 def _modules_with_codes(contents: Contents) -> list[tuple[str, bool]]:

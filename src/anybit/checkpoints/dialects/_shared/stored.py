@@ -13,6 +13,7 @@ from torch import Tensor
 
 from anybit.checkpoints.checks import refuse_bad_scales
 from anybit.errors import Damaged
+from anybit.numerics.formats import number_format
 from anybit.numerics.packing import unpack_fields
 from anybit.weights import scale_values
 
@@ -24,6 +25,16 @@ def fp8_codes(stored: Tensor, where: str) -> Tensor:
     """Bytes of an e4m3fn weight, uint8 of the same shape; refuses the NaN codes 7F and FF, which no writer stores."""
     codes = stored.view(torch.uint8)
     _refuse_values(codes, lambda part: (part & 0x7F) == 0x7F, "NaN codes in an fp8 weight", where, "none")
+    return codes
+
+
+def finite_codes(stored: Tensor, format: str, where: str) -> Tensor:
+    """Bytes of a weight in a float format of 8 bits, uint8 of the same shape; refuses its NaN and infinity codes."""
+    codes = stored.view(torch.uint8)
+    spec = number_format(format)
+    bad = torch.zeros(256, dtype=torch.bool)
+    bad[[*spec.nan_codes, *spec.inf_codes]] = True
+    _refuse_values(codes, lambda part: bad[part.int()], f"NaN or infinity codes in an {format} weight", where, "none")
     return codes
 
 

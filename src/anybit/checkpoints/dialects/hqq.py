@@ -1,0 +1,10 @@
+"""HQQ (being written)."""
+
+from typing import Final
+
+NAME: Final = "hqq"
+
+
+def recognizes(contents: object) -> bool:
+    """False."""
+    return False
