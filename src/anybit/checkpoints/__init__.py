@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
-from anybit.checkpoints import agreement, gguf, safetensors
+from anybit.checkpoints import agreement, gguf, safetensors, torch_pickle
 from anybit.checkpoints.checkpoint import Checkpoint
 from anybit.checkpoints.contents import DTYPES, Contents
 from anybit.checkpoints.dialects import DIALECTS, Dialect, dialect
@@ -48,8 +48,16 @@ def open(name: str | os.PathLike[str], remark: Remark | None = None) -> Checkpoi
                            remedy=f"name the file: {ggufs[0]}")
     if ggufs:
         return _open_file(_only_model(path, ggufs))
+    if not tensors and torch_pickle.is_native(path):
+        return _native_hqq(path)
     found = read_folder(path)
     return _declared(found, _code_note(path))
+
+
+def _native_hqq(path: Path) -> Checkpoint:
+    """The checkpoint of a folder that HQQ wrote itself: qmodel.pt, its pickle read by opcodes, never loaded."""
+    contents, read_tensor = torch_pickle.read_folder(path)
+    return Checkpoint(contents, _dialect_of(contents), read_tensor, _code_note(path))
 
 
 def _declared(found: FolderContents, remarks: tuple[str, ...]) -> Checkpoint:

@@ -56,7 +56,7 @@ def read_header(path: Path) -> Header:
     name = path.name
     descriptor = open_regular(path)
     try:
-        stamp = _stamp(descriptor)
+        stamp = stamp_of(descriptor)
         size = stamp[2]
         raw, start = _header_bytes(descriptor, size, name)
     finally:
@@ -81,7 +81,8 @@ def read_header(path: Path) -> Header:
     return Header(tensors, metadata, stamp)
 
 
-def _stamp(descriptor: int) -> Stamp:
+def stamp_of(descriptor: int) -> Stamp:
+    """The stamp of an open file."""
     found = os.fstat(descriptor)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -228,7 +229,7 @@ def read_bytes(info: TensorInfo, stamp: Stamp | None = None) -> Tensor:
     where = f"{info.file.name}: {info.name}"
     descriptor = open_regular(info.file)
     try:
-        if stamp is not None and _stamp(descriptor) != stamp:
+        if stamp is not None and stamp_of(descriptor) != stamp:
             raise _changed(where, "another size, time or file", "the file whose header was read")
         try:
             raw = torch.empty(info.nbytes, dtype=torch.uint8)
