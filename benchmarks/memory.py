@@ -1,6 +1,6 @@
 """The memory contract on a generated checkpoint of more than a gigabyte: peak of loading against packed size.
 
-    python benchmarks/memory.py [--dialect modelopt|gptq] [--layers 10] [--folder DIR] [--device cpu]
+    python benchmarks/memory.py [--dialect modelopt|gptq] [--layers 10] [--hidden 4096] [--folder DIR] [--device cpu]
 
 Writes an NVFP4 (ModelOpt layout) or 4-bit GPTQ checkpoint of a Llama with random codes, loads it in a fresh process and
 prints: bytes in the file, predicted and measured bytes held, measured peak, and the contract's bound
@@ -16,17 +16,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 4096, 11008, 32, 8, 32000
+KV_HEADS, HEAD_DIM, VOCABULARY = 8, 128, 32000
 MIB = 2**20
-SHAPES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KV_HEADS * 128, HIDDEN),
-    "self_attn.v_proj": (KV_HEADS * 128, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}
+
+
+def shapes(hidden: int) -> dict[str, tuple[int, int]]:
+    """[N, K] of a layer's matrices, in Llama's proportions."""
+    wide, kv = hidden * 43 // 16 // 256 * 256, KV_HEADS * HEAD_DIM
+    return {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden),
+        "mlp.down_proj": (hidden, wide),
+    }
 
 LOAD = """
 import json, sys
@@ -75,16 +76,16 @@ CONFIGS = {
 }
 
 
-def write(folder: Path, dialect: str, layers: int) -> None:
+def write(folder: Path, dialect: str, layers: int, hidden: int) -> None:
     """Write the checkpoint, a shard a layer."""
     import torch
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
     config = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "vocab_size": VOCABULARY,
-        "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers, "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS, "head_dim": 128, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "vocab_size": VOCABULARY,
+        "intermediate_size": shapes(hidden)["mlp.up_proj"][0], "num_hidden_layers": layers,
+        "num_attention_heads": hidden // HEAD_DIM, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
         "max_position_embeddings": 4096, "dtype": "bfloat16", "quantization_config": CONFIGS[dialect],
     }
     (folder / "config.json").write_text(json.dumps(config))
@@ -96,15 +97,16 @@ def write(folder: Path, dialect: str, layers: int) -> None:
         save_file(tensors, folder / file)
         names.update(dict.fromkeys(tensors, file))
 
-    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    ones = torch.ones(hidden, dtype=torch.bfloat16)
     for layer in range(layers):
         start = f"model.layers.{layer}."
-        tensors = {f"{start}{name}.{part}": t for name, shape in SHAPES.items() for part, t in make(*shape).items()}
+        tensors = {f"{start}{name}.{part}": t for name, shape in shapes(hidden).items()
+                   for part, t in make(*shape).items()}
         shard(layer + 1, tensors | {f"{start}input_layernorm.weight": ones.clone(),
                                     f"{start}post_attention_layernorm.weight": ones.clone()})
     shard(layers + 1, {
-        "model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN).bfloat16(),
-        "lm_head.weight": (torch.randn(VOCABULARY, HIDDEN) * 0.01).bfloat16(),
+        "model.embed_tokens.weight": torch.randn(VOCABULARY, hidden).bfloat16(),
+        "lm_head.weight": (torch.randn(VOCABULARY, hidden) * 0.01).bfloat16(),
         "model.norm.weight": ones.clone(),
     })
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
@@ -115,6 +117,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dialect", choices=CONFIGS, default="modelopt")
     parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
@@ -122,7 +125,7 @@ def main() -> int:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.json").exists():
-            write(folder, options.dialect, options.layers)
+            write(folder, options.dialect, options.layers, options.hidden)
         command = [sys.executable, "-c", LOAD, str(folder), options.device]
         found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     memory = found["memory"]

@@ -14,7 +14,8 @@ import anybit
 from anybit.hosts.modules import AnybitExperts, AnybitLinear
 from conftest import CHECKPOINTS, EXPECTED, genuine
 
-READ = ("gguf-*", "modelopt-*", "ct-*", "gptq-*", "awq-*", "autoround-*", "fp8-*", "fbgemm-*", "gptoss-*", "quark-awqmode-*")
+READ = ("gguf-*", "modelopt-*", "ct-*", "gptq-*", "awq-*", "autoround-*", "fp8-*", "fbgemm-*", "gptoss-*", "quark-awqmode-*",
+        "bnb-*", "torchao-*", "hqq-*")
 
 
 def has(name: str, start: str) -> bool:
@@ -81,7 +82,7 @@ def test_a_loaded_layer_gives_the_recorded_output(name: str) -> None:
                 assert relative_error(y, wanted) <= 1e-5, name_
 
 
-@pytest.mark.parametrize("name", [n for n in genuine("modelopt-*", "ct-*", "gptq-*", "awq-*", "autoround-*", "fp8-*", "fbgemm-*", "gptoss-*") if has(n, "logits")])
+@pytest.mark.parametrize("name", [n for n in genuine("modelopt-*", "ct-*", "gptq-*", "awq-*", "autoround-*", "fp8-*", "fbgemm-*", "gptoss-*", "bnb-*", "torchao-*", "hqq-*") if has(n, "logits")])
 def test_plain_from_pretrained_gives_the_same_model(name: str) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from anybit.checkpoints import agreement, gguf, safetensors, torch_pickle
-from anybit.checkpoints.checkpoint import Checkpoint
+from anybit.checkpoints.checkpoint import Checkpoint, Reader
 from anybit.checkpoints.contents import DTYPES, Contents
 from anybit.checkpoints.dialects import DIALECTS, Dialect, dialect
 from anybit.checkpoints.folder import PICKLES, FolderContents, read_folder
@@ -57,16 +57,16 @@ def open(name: str | os.PathLike[str], remark: Remark | None = None) -> Checkpoi
 def _native_hqq(path: Path) -> Checkpoint:
     """The checkpoint of a folder that HQQ wrote itself: qmodel.pt, its pickle read by opcodes, never loaded."""
     contents, read_tensor = torch_pickle.read_folder(path)
-    return Checkpoint(contents, _dialect_of(contents), read_tensor, _code_note(path))
+    return _declared(FolderContents(contents, {}), _code_note(path), read_tensor)
 
 
-def _declared(found: FolderContents, remarks: tuple[str, ...]) -> Checkpoint:
+def _declared(found: FolderContents, remarks: tuple[str, ...], read_tensor: Reader | None = None) -> Checkpoint:
     """The checkpoint of a proven folder, its parts compared with each other."""
     agreement.demand_one_configuration(found.contents)
     contents = agreement.with_method(found.contents)
     chosen = _dialect_of(contents)
     remarks = (*found.remarks, *remarks, *agreement.remark_on_method(found.contents, chosen.NAME))
-    checkpoint = Checkpoint(contents, chosen, safetensors.Reader(found.stamps), remarks)
+    checkpoint = Checkpoint(contents, chosen, read_tensor or safetensors.Reader(found.stamps), remarks)
     for demand in agreement.DEMANDS:
         demand(checkpoint)
     checkpoint.notes += agreement.remark_on_leftovers(checkpoint)
