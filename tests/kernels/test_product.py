@@ -129,3 +129,37 @@ def test_a_row_of_the_batch_equals_the_row_alone_within_the_bound(regime: str) -
     for row in (0, tokens - 1):
         assert ((product(x[row : row + 1]).double() - wanted[row]).abs() <= bound[row]).all()
         assert ((together[row].double() - wanted[row]).abs() <= bound[row]).all()
+
+
+def act_ordered(groups: list[int]) -> Weight:
+    """A weight [24, sum of groups] whose columns are scattered over groups of these sizes."""
+    from anybit.schemes import Offset, ScaleLevel, Scheme
+    from anybit.weights import QuantizedWeight
+
+    torch.manual_seed(3)
+    group_map = torch.cat([torch.full((size,), i) for i, size in enumerate(groups)])
+    group_map = group_map[torch.randperm(len(group_map))]
+    scheme = Scheme("uint4", (ScaleLevel("float16", (1, 32), placement="gathered"),), act_order=True,
+                    offset=Offset("zero_point", "uint4", (1, 32), placement="gathered"))
+    codes = torch.randint(0, 16, (24, len(group_map)), dtype=torch.uint8)
+    scales, zeros = torch.rand(24, len(groups)).half(), torch.randint(0, 16, (24, len(groups)), dtype=torch.uint8)
+    return QuantizedWeight(scheme, tuple(codes.shape), codes, (scales,), zeros, group_map=group_map)
+
+
+@pytest.mark.parametrize(("groups", "name"), [([32] * 4, "StoredPlanes"), ([32] * 3 + [17], "StoredPlanes"),
+                                              ([20, 44, 32], "StoredCanonical")], ids=str)
+def test_act_order_is_sorted_where_groups_are_of_one_size(groups: list[int], name: str) -> None:
+    from anybit.kernels.catalogue import KERNELS
+
+    weight = act_ordered(groups)
+    spec = next(k for k in KERNELS if k.name == "native-matvec")
+    if "native" not in detect("cpu").providers:
+        pytest.skip("the compiled library is not built")
+    stored = implementation(spec).prepare(weight, torch.float32, {"prefill": "native-expand"})
+    assert type(stored).__name__ == name
+    assert torch.equal(stored.dequantize(), weight.dequantize())
+    assert torch.equal(stored.rows(torch.tensor([3, 1]), torch.float32), weight.dequantize()[[3, 1]])
+    for tokens in (1, 5, 100):
+        x = torch.randn(tokens, weight.shape[-1])
+        wanted, bound = wanted_and_bound(weight, x)
+        assert ((product_of(weight, stored, "cpu")(x).double() - wanted).abs() <= bound).all()

@@ -19,6 +19,7 @@ ACT_ORDER = Scheme(
     "uint4", (ScaleLevel("float16", group(128), placement="gathered"),),
     offset=Offset("zero_point", "uint4", group(128), placement="gathered"), act_order=True,
 )
+ODD = Scheme("int4", (ScaleLevel("float16", group(24)),))
 NVFP4 = Scheme(
     "fp4_e2m1", (ScaleLevel("fp8_e4m3fn", group(16)), ScaleLevel("float32", TENSOR)),
     activation=ActivationSpec("fp4_e2m1", False, "group", "nvfp4", 16),
@@ -48,11 +49,16 @@ def test_a_packed_layer_decodes_with_the_compiled_kernel_on_a_cpu() -> None:
     assert unit.kernel("prefill") == "native-expand"
 
 
-def test_act_order_is_refused_by_the_compiled_kernel_with_the_reason() -> None:
+def test_act_order_runs_compiled_with_its_columns_sorted() -> None:
     unit = plan_layers(checkpoint(ACT_ORDER), named("cpu"), dtype="float32").units[0]
+    assert unit.kernel("decode") == "native-matvec"
+
+
+def test_odd_groups_are_refused_by_the_compiled_kernel_with_the_reason() -> None:
+    unit = plan_layers(checkpoint(ODD), named("cpu"), dtype="float32").units[0]
     assert unit.kernel("decode") == "torch-tiled"
     reasons = [r["text"] for row in unit.to_dict()["refused"] if row["kernel"] == "native-matvec" for r in row["reasons"]]
-    assert any("act-order" in text for text in reasons)
+    assert any("groups of 24" in text for text in reasons)
 
 
 def test_a_gpu_refuses_the_cpu_kernels_by_vendor() -> None:
@@ -69,8 +75,8 @@ def test_equal_layers_are_one_unit() -> None:
 
 def test_an_override_that_cannot_run_is_an_error_with_its_reasons() -> None:
     with pytest.raises(Unsupported) as refused:
-        plan_layers(checkpoint(ACT_ORDER), named("cpu"), dtype="float32", kernel="native-matvec")
-    assert "act-order" in refused.value.found
+        plan_layers(checkpoint(ODD), named("cpu"), dtype="float32", kernel="native-matvec")
+    assert "groups of 24" in refused.value.found
 
 
 def test_an_override_by_an_unknown_name_lists_the_known() -> None:

@@ -40,6 +40,9 @@ DTYPES: Final[Mapping[str, tuple[int, str]]] = {
     "F4": (4, "uint8"),
 }
 
+# names of vLLM for a kernel that runs a dialect, met as quant_method now and then -> the dialect's own
+METHOD_ALIASES: Final = {"awq_marlin": "awq", "gptq_marlin": "gptq", "inc": "auto-round"}
+
 FLOAT_DTYPES: Final = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # -> wide number formats
 
 
@@ -92,7 +95,9 @@ class Contents:
                 for key in ("quantization_config", "compression_config"):
                     found = holder.get(key)
                     if isinstance(found, dict):
-                        return found
+                        method = found.get("quant_method")
+                        alias = METHOD_ALIASES.get(method) if isinstance(method, str) else None
+                        return found if alias is None else {**found, "quant_method": alias}
         return {}
 
     @property

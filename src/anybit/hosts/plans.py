@@ -7,7 +7,7 @@ from typing import Final
 from anybit.checkpoints.checkpoint import Checkpoint
 from anybit.checkpoints.online import quantizer
 from anybit.errors import Unsupported
-from anybit.planning.plan import Plan, plan_layers
+from anybit.planning.plan import Plan, plan_layers, with_notes
 from anybit.platforms import Platform, detect
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -34,11 +34,16 @@ def make_plan(
 ) -> Plan:
     """The plan for `checkpoint` here, or on a described platform, with these options."""
     platform = platform or detect()
-    return plan_layers(
+    chosen = choose_dtype(dtype, checkpoint, platform)
+    plan = plan_layers(
         checkpoint,
         platform,
-        dtype=choose_dtype(dtype, checkpoint, platform),
+        dtype=chosen,
         kernel=kernel,
         quantize=quantizer(quantization).scheme_of if quantization else None,
         quantization=quantization,
     )
+    cache = checkpoint.kv_cache
+    if cache is not None:
+        plan = with_notes(plan, f"declares a key-value cache in {cache.element}; here the cache stays in {chosen}")
+    return plan

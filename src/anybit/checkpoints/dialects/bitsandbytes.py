@@ -170,10 +170,8 @@ def _four_bit(
     if state.nested_block is not None:
         tensors |= {role: f"{weight}.{role}" for role in ("nested_absmax", "nested_quant_map")}
     _check_four_bit(contents, tensors, state)
-    rows, columns = state.shape
-    block = group(state.block_size)
-    level = ScaleLevel("float32", block) if columns % state.block_size == 0 else \
-        ScaleLevel("float32", block, placement="flat")
+    is_cut_by_rows = state.shape[1] % state.block_size == 0
+    level = ScaleLevel("float32", group(state.block_size), placement="grid" if is_cut_by_rows else "flat")
     scheme = Scheme(ELEMENTS[quant_type], (level,), round_to=state.round_to)
     remarks = _remarks(module, skipped)
     if state.nested_block is not None:

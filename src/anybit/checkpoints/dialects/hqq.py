@@ -67,7 +67,7 @@ def declare(contents: Contents) -> dict[str, Layer]:
     return layers | plain.dense_layers(contents, taken)
 
 
-# --- one module from its headers ---------------------------------------------------------------------------------------
+# --- one module from its headers -------------------------------------------------------------------------------------
 
 def _module(contents: Contents, module: str, values: JSON, small: SmallTensors) -> Layer:
     _refuse_adapters(contents, module, values)
@@ -166,7 +166,7 @@ def _remarks(scale: _Part, zero: _Part) -> tuple[str, ...]:
 
 def _placement(meta: Meta) -> tuple[Block, Placement]:
     """Who shares a scale: blocks of the grid where the groups are such, else by position in the flat weight."""
-    rows, columns = meta.shape
+    columns = meta.shape[1]
     if meta.groups == 0:
         return TENSOR, "grid"
     if meta.axis == 1:
@@ -178,7 +178,7 @@ def _placement(meta: Meta) -> tuple[Block, Placement]:
     return group(meta.size), "strided"
 
 
-# --- tensors -----------------------------------------------------------------------------------------------------------
+# --- tensors ---------------------------------------------------------------------------------------------------------
 
 def canonicalize(layer: Layer, tensors: Mapping[str, Tensor]) -> QuantizedWeight | Dense:
     """The canonical weight. Raises Damaged for codes above their width and scales that are not finite."""

@@ -1,10 +1,10 @@
 """torchao's safetensors: tensor subclasses taken apart, each with its class and attributes in the header.
 
-The config says how the model was quantized; the header says what is in the file, and alone decides. Classes: Int8Tensor,
-IntxUnpackedToInt8Tensor, Int4Tensor, Int4TilePackedTo4dTensor, Float8Tensor, MXTensor, NVFP4Tensor. The header is read
-by `_shared/torchao_header.py`, activation arguments by `_shared/torchao_activations.py`, tiles and swizzled scales by
-`_shared/torchao_tensors.py`. Rules, sources with versions and traps: docs/formats/torchao.md. torchao's own rounding of
-a dequantized weight to its `dtype` is not part of the format.
+The config says how the model was quantized; the header says what is in the file, and alone decides. Classes:
+Int8Tensor, IntxUnpackedToInt8Tensor, Int4Tensor, Int4TilePackedTo4dTensor, Float8Tensor, MXTensor, NVFP4Tensor. The
+header is read by `_shared/torchao_header.py`, activation arguments by `_shared/torchao_activations.py`, tiles and
+swizzled scales by `_shared/torchao_tensors.py`. Rules, sources with versions and traps: docs/formats/torchao.md.
+torchao's own rounding of a dequantized weight to its `dtype` is not part of the format.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def declare(contents: Contents) -> dict[str, Layer]:
     return layers | plain.dense_layers(contents, taken)
 
 
-# --- classes, from their headers ---------------------------------------------------------------------------------------
+# --- classes, from their headers -------------------------------------------------------------------------------------
 
 def _layer(parameter: Parameter, shape: tuple[int, ...], scheme: Scheme, **storage: object) -> Layer:
     """The layer of checked pieces. A parameter that is no module's weight keeps its own name."""
@@ -205,7 +205,7 @@ _CLASSES: Final[Mapping[str, Callable[[Parameter], Layer]]] = {
 }
 
 
-# --- shapes and attributes ---------------------------------------------------------------------------------------------
+# --- shapes and attributes -------------------------------------------------------------------------------------------
 
 def _unfit(info: TensorInfo, wanted: Any) -> Inconsistent:
     return Inconsistent("stored shapes contradict the header", where=info.name, found=str(list(info.shape)),
@@ -290,7 +290,7 @@ def _minimum(info: TensorInfo, block: Block) -> Offset:
     return Offset("minimum", FLOAT_DTYPES[info.dtype], block)
 
 
-# --- tensors -----------------------------------------------------------------------------------------------------------
+# --- tensors ---------------------------------------------------------------------------------------------------------
 
 def canonicalize(layer: Layer, tensors: Mapping[str, Tensor]) -> QuantizedWeight | Dense:
     """The canonical weight. Int8 zero points that are all 0 leave the weight symmetric.

@@ -6,10 +6,13 @@ decoding into a tile that torch multiplies. Both form the float32 reference weig
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from anybit.kernels.native.support import reasons_against
 from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather, scale_bytes
 from anybit.numerics.formats import number_format
 from anybit.platforms import Platform
+from anybit.schemes import Scheme
 
 _CALL_SECONDS = 6e-6
 # weights decoded per second and core (AVX-512), tests/kernels and benchmarks measure it
@@ -25,8 +28,23 @@ def _cannot(request: Request, platform: Platform) -> list[Reason]:
         reasons.append(Reason("provider", "the compiled library is not installed (no C compiler at install time?)",
                               {"wanted": "native"}))
     reasons += [Reason("scheme", text, {"scheme": str(request.scheme)})
-                for text in reasons_against(request.scheme, request.shape)]
+                for text in reasons_against(in_order(request.scheme), request.shape)]
     return reasons
+
+
+def in_order(scheme: Scheme) -> Scheme:
+    """The scheme after its columns were sorted by group, as this layout stores act-order weights; x is permuted.
+
+    Whether the groups are of one size, which sorting needs, shows when the map is read: a weight whose groups are not
+    is stored by the reference family instead.
+    """
+    if not scheme.act_order:
+        return scheme
+    scales = tuple(replace(lv, placement="grid") if lv.placement == "gathered" else lv for lv in scheme.scales)
+    offset = scheme.offset
+    if offset is not None and offset.placement == "gathered":
+        offset = replace(offset, placement="grid")
+    return replace(scheme, scales=scales, offset=offset, act_order=False)
 
 
 def _is_matvec(request: Request) -> bool:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from anybit.errors import DeviceProblem
-from anybit.kernels.linear.tiled_torch import as_bits
+from anybit.kernels.catalogue import Stored
+from anybit.kernels.linear.planes import in_order
+from anybit.kernels.linear.tiled_torch import Tiled, as_bits
 from anybit.kernels.native.planes import Planes as NativePlanes
 from anybit.kernels.native.planes import from_weight
 from anybit.kernels.request import Regime
-from anybit.weights import Weight
+from anybit.weights import Dense, QuantizedWeight, Weight
 
 TILE_BYTES = 4 * 2**20  # of decoded float32 for the prefill product: small enough to stay in the last-level cache
 
@@ -20,16 +23,23 @@ TILE_BYTES = 4 * 2**20  # of decoded float32 for the prefill product: small enou
 class StoredPlanes:
     """A weight [N, K] as the compiled library reads it, its bias included."""
 
-    def __init__(self, planes: NativePlanes, expanded: frozenset[Regime]) -> None:
-        """`expanded` are the regimes that decode a tile and leave the product to torch."""
+    def __init__(
+        self, planes: NativePlanes, expanded: frozenset[Regime], permutation: Tensor | None = None
+    ) -> None:
+        """`expanded` are the regimes that decode a tile and leave the product to torch.
+
+        permutation  [K] int64: column j of the planes is input permutation[j] (act-order); None: the same order
+        """
         self.shape = planes.shape
+        self._permutation = permutation
         self._planes = planes
         self._expanded = expanded
         self._tile = max(64, TILE_BYTES // (4 * max(planes.cols, 1)))
 
     def tensors(self) -> dict[str, Tensor]:
         """The buffers, numbered; the library holds their addresses."""
-        return {str(i): as_bits(tensor) for i, tensor in enumerate(self._planes.buffers)}
+        held = {str(i): as_bits(tensor) for i, tensor in enumerate(self._planes.buffers)}
+        return held if self._permutation is None else {**held, "permutation": self._permutation}
 
     def bind(self, tensors: dict[str, Tensor]) -> None:
         """Refuse a move: the layout is the CPU library's own."""
@@ -44,10 +54,20 @@ class StoredPlanes:
 
     def step(self, x: Tensor) -> Tensor:
         """As `linear` for few tokens, x [.., K] -> [.., N] of x's dtype, bias included: nothing between host and C."""
-        return self._planes.linear(x)
+        return self._planes.linear(self._in_order(x))
+
+    def _in_order(self, x: Tensor) -> Tensor:
+        return x if self._permutation is None else x.index_select(-1, self._permutation)
+
+    def _as_given(self, weight: Tensor) -> Tensor:
+        """Columns of decoded rows back in the checkpoint's order."""
+        if self._permutation is None:
+            return weight
+        return torch.empty_like(weight).index_copy_(-1, self._permutation, weight)
 
     def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """x [M, K] times W^T plus the weight's own bias: [M, N] in `out_dtype`."""
+        x = self._in_order(x)
         if regime not in self._expanded:
             return self._planes.linear(x, torch.empty((x.shape[0], self.shape[0]), dtype=out_dtype))
         rows = x.float()
@@ -63,16 +83,34 @@ class StoredPlanes:
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Decoded rows [.., K] for integer `index` [..]."""
-        return self._planes.gather(index, dtype)
+        return self._as_given(self._planes.gather(index, dtype))
 
     def dequantize(self) -> Tensor:
         """The float32 weight."""
-        return self._planes.decode()
+        return self._as_given(self._planes.decode())
 
 
 class Planes:
     """Implementation of `native-matvec` and `native-expand`."""
 
-    def prepare(self, weight: Weight, dtype: torch.dtype, kernels: Mapping[Regime, str]) -> StoredPlanes:
-        """Code planes; scales as stored."""
-        return StoredPlanes(from_weight(weight), frozenset(r for r, name in kernels.items() if name == "native-expand"))
+    def prepare(self, weight: Weight, dtype: torch.dtype, kernels: Mapping[Regime, str]) -> Stored:
+        """Code planes; scales as stored; columns sorted by group where act-order scatters them."""
+        expanded = frozenset(regime for regime, name in kernels.items() if name == "native-expand")
+        if isinstance(weight, Dense) or not weight.scheme.act_order:
+            return StoredPlanes(from_weight(weight), expanded)
+        found = _sorted_by_group(weight)
+        if found is None:
+            return Tiled().prepare(weight, dtype, kernels)
+        return StoredPlanes(from_weight(found[0]), expanded, found[1])
+
+
+def _sorted_by_group(weight: QuantizedWeight) -> tuple[QuantizedWeight, Tensor] | None:
+    """The weight with the columns of each group together, and their order; None if groups differ in size."""
+    assert weight.group_map is not None
+    permutation = torch.argsort(weight.group_map, stable=True)
+    level = weight.scheme.scales[0]
+    positions = torch.arange(len(permutation), device=permutation.device)
+    if not torch.equal(weight.group_map[permutation], positions // level.block[1]):
+        return None
+    codes = weight.codes.index_select(-1, permutation)
+    return replace(weight, scheme=in_order(weight.scheme), stored_codes=codes, group_map=None), permutation

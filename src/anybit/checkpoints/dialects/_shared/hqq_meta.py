@@ -182,7 +182,7 @@ def _packing(source: Source, codes: TensorInfo) -> tuple[str, Packing]:
     key = 1.58 if isinstance(bits, float) and abs(bits - 1.58) < 1e-6 else bits
     if isinstance(key, float) and key.is_integer():
         key = int(key)
-    if key not in BITS or isinstance(key, bool):
+    if key is None or key not in BITS or isinstance(key, bool):
         raise _unsupported(source, "nbits", bits, ", ".join(map(str, BITS)))
     element, usual = BITS[key]
     if told is None or told.lower() == "none":  # unpacked: integers as they are
