@@ -6,7 +6,7 @@ Kernels take the parts (`codes`, `scales`, ...) and store them their way; nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -330,17 +330,58 @@ def _coarse_on_fine(coarse: Tensor, coarse_block: Block, fine_block: Block, fine
     return coarse
 
 
-def _single_rows(scheme: Scheme) -> Scheme:
-    """The scheme with row blocks of one row (a block over all rows stays)."""
+def _single_rows(scheme: Scheme, *, always: bool = False) -> Scheme:
+    """The scheme with row blocks of one row; a block over all rows stays, unless `always`."""
+
+    def rows(size: int) -> int:
+        return 1 if always else min(size, 1)
 
     def level(lv: ScaleLevel) -> ScaleLevel:
-        return replace(lv, block=(min(lv.block[0], 1), lv.block[1]))
+        return replace(lv, block=(rows(lv.block[0]), lv.block[1]))
 
     offset = scheme.offset
     if offset is not None:
-        block = (min(offset.block[0], 1), offset.block[1])
+        block = (rows(offset.block[0]), offset.block[1])
         offset = replace(offset, block=block, levels=tuple(level(lv) for lv in offset.levels))
     return replace(scheme, scales=tuple(level(lv) for lv in scheme.scales), offset=offset)
+
+
+def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
+    """Weights [N_i, K] of one scheme, one below the other: [sum N_i, K]; None where that is no exact weight of a scheme.
+
+    A scale of the whole matrix becomes one for each row, so that each part keeps its own. Blocks of several rows,
+    input transforms and activation tensors that differ stay with their matrices.
+    """
+    first = weights[0]
+    levels = [*first.scheme.scales, *((first.scheme.offset.levels if first.scheme.offset else ()))]
+    blocks = [lv.block[0] for lv in levels] + ([first.scheme.offset.block[0]] if first.scheme.offset else [])
+    alike = all(w.scheme == first.scheme and w.shape[1:] == first.shape[1:] and len(w.shape) == 2 for w in weights)
+    with_bias = sum(w.bias is not None for w in weights)
+    if not alike or max(blocks, default=1) > 1 or with_bias not in (0, len(weights)):
+        return None
+    if any(lv.placement != "grid" for lv in levels) or first.pre_scale is not None or first.activation:
+        return None
+
+    def below(tensors: list[Tensor]) -> Tensor:
+        rows = [t.expand(w.shape[0], -1) if t.shape[-2] == 1 else t for t, w in zip(tensors, weights, strict=True)]
+        return torch.cat(rows, dim=-2)
+
+    codes = [w.stored_codes for w in weights]
+    packed = [c for c in codes if isinstance(c, PackedCodes)]
+    if packed and (len(packed) < len(codes) or len({(c.bits, c.count, c.order, c.sign) for c in packed}) > 1):
+        return None
+    together = replace(packed[0], data=torch.cat([c.data for c in packed], dim=-2)) if packed else None
+    offsets = [w.offset for w in weights if w.offset is not None]
+    return replace(
+        first,
+        scheme=_single_rows(first.scheme, always=True),
+        shape=(sum(w.shape[0] for w in weights), first.shape[1]),
+        stored_codes=together if together is not None else torch.cat([w.codes for w in weights], dim=-2),
+        scales=tuple(below([w.scales[i] for w in weights]) for i in range(len(first.scales))),
+        offset=below(offsets) if offsets else None,
+        offset_scales=tuple(below([w.offset_scales[i] for w in weights]) for i in range(len(first.offset_scales))),
+        bias=torch.cat([w.bias for w in weights if w.bias is not None]) if with_bias else None,
+    )
 
 
 def _cut_blocks(

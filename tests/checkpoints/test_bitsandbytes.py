@@ -149,7 +149,7 @@ def test_trap_4_values_are_rounded_to_the_quant_states_dtype(tmp_path: Path, dty
 
 
 def test_traps_5_and_10_nested_maxima_are_decoded_with_a_short_last_block(tmp_path: Path) -> None:
-    told = {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.2593663633}
+    told: dict[str, Any] = {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.2593663633}
     tensors, _ = four_bit(257, 64, **told)
     codes = torch.arange(257) % 256
     above, book = torch.tensor([0.7, 0.011]), torch.linspace(-0.9, 1.0, 256)

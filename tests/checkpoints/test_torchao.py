@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import anybit
-from anybit.checkpoints.dialects._shared.torchao_tensors import untile, unswizzle
+from anybit.checkpoints.dialects._shared.torchao_tensors import unswizzle, untile
 from anybit.errors import AnybitError
 from anybit.weights import QuantizedWeight
 from conftest import CHECKPOINTS, digest, expected, genuine, needs_shared

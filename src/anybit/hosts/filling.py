@@ -20,6 +20,7 @@ from anybit.hosts.meter import release_freed
 from anybit.hosts.modules import AnybitEmbedding, AnybitExperts, AnybitLinear, TiedHead, product_of
 from anybit.hosts.naming import Naming
 from anybit.kernels.catalogue import Stored, implementation
+from anybit.kernels.linear.planes_unit import as_unit
 from anybit.kernels.request import Request
 from anybit.planning.choose import Choice, Refusal, choose
 from anybit.planning.plan import Plan
@@ -141,8 +142,10 @@ class Filler:
     def fill(self, *, with_plain: bool = True) -> None:
         """Install everything; without `with_plain` only modules of ours (transformers loaded the rest)."""
         found = self.assignment
-        for path, name in found.modules.items():
-            self.model.set_submodule(path, self._module(path, name))
+        for unit in _units(found.modules):
+            if not self._install_unit(unit):
+                for path in unit:
+                    self.model.set_submodule(path, self._module(path, found.modules[path]))
         for path, roles in found.experts.items():
             self.model.set_submodule(path, self._experts(path, roles))
         if with_plain:
@@ -190,6 +193,25 @@ class Filler:
         spec = choice.kernels["decode"][0]
         kernels = {regime: spec.name for regime, (spec, _) in choice.kernels.items()}
         return implementation(spec).prepare(weight.to(device), self.dtype, kernels)
+
+    def _install_unit(self, paths: tuple[str, ...]) -> bool:
+        """Layers that read the same input as one product, where their kernel stores them so; False: one by one."""
+        names = [self.assignment.modules[path] for path in paths]
+        choices = [self.plan.unit_of(name).choice for name in names]
+        if len(paths) == 1 or any(c.layout != "planes" for c in choices) or self.device_of(paths[0]).type != "cpu":
+            return False
+        if len({self.plan.unit_of(name).scheme for name in names}) > 1:
+            return False
+        weights = [self._read(name) for name in names]
+        expanded = frozenset(r for c in choices for r, (spec, _) in c.kernels.items() if spec.name == "native-expand")
+        stored = as_unit(weights, expanded)
+        for i, (path, name, weight) in enumerate(zip(paths, names, weights, strict=True)):
+            original = cast("Placeholder", self.model.get_submodule(path)).original[0]
+            _demand_shape(name, weight, _shape_of(original))
+            device = self.device_of(path)
+            kept = self._prepare(name, weight, device) if stored is None else stored[i]
+            self.model.set_submodule(path, AnybitLinear(product_of(weight, kept, device)))
+        return True
 
     def _module(self, path: str, name: str) -> nn.Module:
         original = cast("Placeholder", self.model.get_submodule(path)).original[0]
@@ -272,6 +294,26 @@ class Filler:
             model.tie_weights()
         elif self.assignment.naming.tied_head:
             model.set_output_embeddings(TiedHead(table))
+
+
+# children of one module that read the same input, by the hubs' names
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def _units(paths: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """The module paths, those of one complete unit together, in the order of the checkpoint."""
+    made: list[tuple[str, ...]] = []
+    seen: set[str] = set()
+    for path in paths:
+        if path in seen:
+            continue
+        parent, _, name = path.rpartition(".")
+        group = next((names for names in SAME_INPUT if name in names), (name,))
+        members = tuple(f"{parent}.{n}" if parent else n for n in group)
+        unit = members if all(m in paths for m in members) else (path,)
+        seen.update(unit)
+        made.append(unit)
+    return made
 
 
 def _shape_of(module: nn.Module) -> tuple[int, int]:

@@ -70,12 +70,16 @@ class StoredPlanes:
         x = self._in_order(x)
         if regime not in self._expanded:
             return self._planes.linear(x, torch.empty((x.shape[0], self.shape[0]), dtype=out_dtype))
+        return self.expanded(x, bias, out_dtype, 0, self.shape[0])
+
+    def expanded(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype, first: int, count: int) -> Tensor:
+        """x [M, K] (in the planes' order) times the rows [first, first + count), a tile decoded at a time."""
         rows = x.float()
-        y = torch.empty((x.shape[0], self.shape[0]), dtype=torch.float32)
-        tile = torch.empty((min(self._tile, self.shape[0]), self.shape[1]), dtype=torch.float32)
-        for start in range(0, self.shape[0], self._tile):
-            part = tile[: min(self._tile, self.shape[0] - start)]
-            self._planes.decode_into(part, start)
+        y = torch.empty((x.shape[0], count), dtype=torch.float32)
+        tile = torch.empty((min(self._tile, count), self.shape[1]), dtype=torch.float32)
+        for start in range(0, count, self._tile):
+            part = tile[: min(self._tile, count - start)]
+            self._planes.decode_into(part, first + start)
             torch.mm(rows, part.T, out=y[:, start : start + len(part)])
         if bias is not None:
             y += bias.float()
@@ -88,6 +92,10 @@ class StoredPlanes:
     def dequantize(self) -> Tensor:
         """The float32 weight."""
         return self._as_given(self._planes.decode())
+
+    def decode(self, start: int, count: int) -> Tensor:
+        """The float32 rows [start, start + count), columns in the planes' order."""
+        return self._planes.decode(start, count)
 
 
 class Planes:
