@@ -85,7 +85,8 @@ def write(folder: Path, dialect: str, layers: int, hidden: int) -> None:
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "vocab_size": VOCABULARY,
         "intermediate_size": shapes(hidden)["mlp.up_proj"][0], "num_hidden_layers": layers,
-        "num_attention_heads": hidden // HEAD_DIM, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+        "num_attention_heads": hidden // HEAD_DIM, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
         "max_position_embeddings": 4096, "dtype": "bfloat16", "quantization_config": CONFIGS[dialect],
     }
     (folder / "config.json").write_text(json.dumps(config))

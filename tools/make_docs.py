@@ -75,7 +75,8 @@ def cli() -> str:
 # vLLM's names for methods (its ROCm list) -> what they are here; tests/checkpoints/test_names.py opens each
 NAMES = (
     ("awq, awq_marlin", "dialect awq"), ("gptq, gptq_marlin", "dialect gptq"), ("fp8", "dialect fp8"),
-    ("compressed-tensors", "dialect compressed-tensors"), ("fbgemm_fp8", "dialect fbgemm_fp8"), ("gguf", "dialect gguf"),
+    ("compressed-tensors", "dialect compressed-tensors"), ("fbgemm_fp8", "dialect fbgemm_fp8"),
+    ("gguf", "dialect gguf"),
     ("quark", "dialect quark"), ("mxfp4, gpt_oss_mxfp4", "dialect gpt_oss_mxfp4; `--quantization mxfp4`"),
     ("mxfp8", "dialect fp8, kind F; `--quantization mxfp8`"), ("torchao", "dialect torchao"),
     ("bitsandbytes", "dialect bitsandbytes"),

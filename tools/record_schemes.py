@@ -2,8 +2,8 @@
 
     python tools/record_schemes.py FOLDER [--check]
 
-FOLDER holds the checkpoints, one folder each. Writes docs/schemes.json: dialect -> scheme -> {recipe, folders}. With --check
-it compares instead; the suite does so where the full set is present.
+FOLDER holds the checkpoints, one folder each. Writes docs/schemes.json: dialect -> scheme -> {recipe, folders}. With
+--check it compares instead; the suite does so where the full set is present.
 """
 
 from __future__ import annotations

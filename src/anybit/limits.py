@@ -34,6 +34,12 @@ MAX_GGUF_ALIGNMENT: Final = 2**20
 MAX_GGUF_HEADER: Final = 512 * 2**20  # metadata and tensor list; a large vocabulary takes 10 MB
 MAX_TOKEN_BYTES: Final = 65_536  # one token of a vocabulary
 
+# HQQ's native pickles, read by opcodes
+MAX_PICKLE: Final = 32 * 2**20  # bytes; a module takes about 800, so 40,000 modules
+MAX_PICKLE_DEPTH: Final = 4  # module, key, meta, key of a nested meta
+MAX_MARKS: Final = 1_000  # open at once; genuine files nest 4 deep
+MAX_STACK: Final = 100_000  # values at once; picklers write items in batches of 1,000
+
 # patterns
 MAX_PATTERNS: Final = 100_000
 MAX_PATTERN_CHARS: Final = 65_536

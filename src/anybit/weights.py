@@ -347,14 +347,15 @@ def _single_rows(scheme: Scheme, *, always: bool = False) -> Scheme:
 
 
 def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
-    """Weights [N_i, K] of one scheme, one below the other: [sum N_i, K]; None where that is no exact weight of a scheme.
+    """Weights [N_i, K] of one scheme, one below the other: [sum N_i, K]; None where that is no exact weight.
 
     A scale of the whole matrix becomes one for each row, so that each part keeps its own. Blocks of several rows,
     input transforms and activation tensors that differ stay with their matrices.
     """
     first = weights[0]
-    levels = [*first.scheme.scales, *((first.scheme.offset.levels if first.scheme.offset else ()))]
-    blocks = [lv.block[0] for lv in levels] + ([first.scheme.offset.block[0]] if first.scheme.offset else [])
+    offset = first.scheme.offset
+    levels = [*first.scheme.scales, *(offset.levels if offset else ())]
+    blocks = [lv.block[0] for lv in levels] + ([offset.block[0]] if offset else [])
     alike = all(w.scheme == first.scheme and w.shape[1:] == first.shape[1:] and len(w.shape) == 2 for w in weights)
     with_bias = sum(w.bias is not None for w in weights)
     if not alike or max(blocks, default=1) > 1 or with_bias not in (0, len(weights)):

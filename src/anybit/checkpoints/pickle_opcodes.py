@@ -16,8 +16,6 @@ from typing import Any, Final
 from anybit import limits
 from anybit.errors import Damaged, Unsafe
 
-MAX_MARKS: Final = 1_000  # open at once; genuine files nest 4 deep
-MAX_STACK: Final = 100_000  # values at once; picklers write items in batches of 1,000
 _AGAIN: Final = "download the file again"
 _RUN: Final = "do not load this file with any other tool; report it where you got it"
 
@@ -167,9 +165,9 @@ class Machine:
         self.at = 2
         while (opcode := self.take(1)) != b".":
             self.step(opcode)
-            if len(self.stack) > MAX_STACK:
+            if len(self.stack) > limits.MAX_STACK:
                 raise Damaged("the pickle's stack is too high", where=self.where, found=f"{len(self.stack):,} values",
-                              wanted=f"at most {MAX_STACK:,} (MAX_STACK)", remedy=_AGAIN)
+                              wanted=f"at most {limits.MAX_STACK:,} (MAX_STACK)", remedy=_AGAIN)
         if len(self.stack) != 1 or self.at != len(self.raw):
             raise Damaged("the pickle does not end as it should", where=self.where,
                           found=f"{len(self.stack)} values, {len(self.raw) - self.at} bytes left",
@@ -242,9 +240,9 @@ class Machine:
     def mark(self) -> None:
         """Open a mark."""
         self.marks += 1
-        if self.marks > MAX_MARKS:
+        if self.marks > limits.MAX_MARKS:
             raise Damaged("the pickle nests too deep", where=self.where, found=f"{self.marks:,} open marks",
-                          wanted=f"at most {MAX_MARKS:,} (MAX_MARKS)", remedy=_AGAIN)
+                          wanted=f"at most {limits.MAX_MARKS:,} (MAX_MARKS)", remedy=_AGAIN)
         self.stack.append(_MARK)
 
     def text(self) -> None:

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 QMODEL: Final = "qmodel.pt"
-MAX_PICKLE: Final = 32 * 2**20  # bytes; a module takes about 800, so 40,000 modules
-MAX_DEPTH: Final = 4  # module, key, meta, key of a nested meta
 _AGAIN: Final = "download the file again"
 
 
@@ -133,9 +131,9 @@ def _pickle(descriptor: int, members: Mapping[str, _Member]) -> bytes:
     if member is None:
         raise Damaged("no data.pkl", where=QMODEL, found=", ".join(list(members)[:4]), wanted="a file of torch.save",
                       remedy=_AGAIN)
-    if member.size > MAX_PICKLE:
+    if member.size > limits.MAX_PICKLE:
         raise LimitExceeded("the pickle is too large", where=QMODEL, found=f"{member.size:,} bytes",
-                            wanted=f"at most {MAX_PICKLE:,} (MAX_PICKLE)")
+                            wanted=f"at most {limits.MAX_PICKLE:,} (MAX_PICKLE)")
     order = members.get("byteorder")
     if order is not None and os.pread(descriptor, 16, order.offset)[: order.size] != b"little":
         raise Unsupported("numbers of another byte order", where=QMODEL, found="byteorder is not little",
@@ -161,11 +159,11 @@ class _Walk:
         found: JSON = {}
         for key, value in holder.items():
             self.visited += 1  # shared dictionaries count each time: a small pickle may stand for a huge tree
-            if depth > MAX_DEPTH or self.visited > limits.MAX_TENSORS_PER_FILE:
+            if depth > limits.MAX_PICKLE_DEPTH or self.visited > limits.MAX_TENSORS_PER_FILE:
                 raise LimitExceeded("too many values, or too deep", where=f"{QMODEL}: {name[:200]}",
                                     found=f"{self.visited:,} values, {depth} levels",
                                     wanted=f"at most {limits.MAX_TENSORS_PER_FILE:,} (MAX_TENSORS_PER_FILE), "
-                                           f"{MAX_DEPTH} levels")
+                                           f"{limits.MAX_PICKLE_DEPTH} levels")
             if isinstance(value, StoredTensor):
                 self.add(f"{name}.{key}", value)
             elif type(value) is dict:
