@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from anybit.kernels.request import REGIMES, Regime
+from anybit.kernels.request import REGIMES
 from anybit.platforms import detect
 from anybit.schemes import CHANNEL, TENSOR, Block, Offset, ScaleLevel, Scheme, group
 from anybit.weights import QuantizedWeight, concatenate
@@ -16,8 +16,6 @@ if "native" not in detect("cpu").providers:
     pytest.skip("the compiled library is not built", allow_module_level=True)
 
 from anybit.kernels.linear.planes_unit import StoredPart, as_unit
-
-EXPANDED: frozenset[Regime] = frozenset({"prefill"})
 
 
 def weight(rows: int, block: Block = (1, 32), bias: bool = True, columns: int = 96) -> QuantizedWeight:
@@ -30,7 +28,7 @@ def weight(rows: int, block: Block = (1, 32), bias: bool = True, columns: int = 
 
 
 def unit_of(weights: list[QuantizedWeight]) -> list[StoredPart]:
-    found = as_unit(weights, EXPANDED)
+    found = as_unit(weights)
     assert found is not None
     return found
 

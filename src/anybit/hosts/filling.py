@@ -28,6 +28,8 @@ from anybit.schemes import Layer
 from anybit.weights import Dense, Weight
 
 _RELEASE_BYTES = 64 * 2**20  # read between two releases of freed memory: a call costs a millisecond
+# weights of a unit: larger layers keep memory and threads busy alone, and would be held twice while they are joined
+_UNIT_ELEMENTS = 2**24
 DeviceOf = Callable[[str], torch.device]
 Quantizer = Callable[[Layer, Weight], Weight]
 Progress = Callable[[str, int], None]
@@ -200,11 +202,12 @@ class Filler:
         choices = [self.plan.unit_of(name).choice for name in names]
         if len(paths) == 1 or any(c.layout != "planes" for c in choices) or self.device_of(paths[0]).type != "cpu":
             return False
-        if len({self.plan.unit_of(name).scheme for name in names}) > 1:
+        schemes = {self.plan.unit_of(name).scheme for name in names}
+        elements = sum(self.checkpoint.layers[name].elements for name in names)
+        if len(schemes) > 1 or elements > _UNIT_ELEMENTS:
             return False
         weights = [self._read(name) for name in names]
-        expanded = frozenset(r for c in choices for r, (spec, _) in c.kernels.items() if spec.name == "native-expand")
-        stored = as_unit(weights, expanded)
+        stored = as_unit(weights) if {w.scheme for w in weights} == schemes else None
         for i, (path, name, weight) in enumerate(zip(paths, names, weights, strict=True)):
             original = cast("Placeholder", self.model.get_submodule(path)).original[0]
             _demand_shape(name, weight, _shape_of(original))

@@ -21,6 +21,7 @@ from anybit.kernels.request import REGIMES
 from anybit.weights import Weight
 
 _PRODUCTS: weakref.WeakValueDictionary[int, _Bound] = weakref.WeakValueDictionary()
+_EXPERTS: weakref.WeakValueDictionary[int, AnybitExperts] = weakref.WeakValueDictionary()
 
 
 class _Bound(nn.Module):
@@ -67,6 +68,12 @@ class _Bound(nn.Module):
             "a packed layer cannot be copied", wanted="one copy of the weights", remedy="load the model a second time"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise DeviceProblem(
+            "a packed layer cannot be pickled", found="addresses that only this process knows",
+            wanted="one model a process", remedy="load the checkpoint in the other process",
+        )
+
     def multiply(self, x: Tensor) -> Tensor:
         """The product; through a custom operator where autograd or a compiler is watching."""
         if _is_watched(x):
@@ -107,9 +114,18 @@ class AnybitEmbedding(_Bound):
         self.dtype = dtype
         self.factor = factor  # some architectures scale their embeddings (Gemma)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """As every module's; the rows take the dtype that `Module.to` gives to float tensors."""
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
     def forward(self, index: Tensor) -> Tensor:
         """The lookup."""
-        found = self.product.stored.rows(index, self.dtype)
+        if torch.compiler.is_compiling():
+            found = cast("Tensor", torch.ops.anybit.rows(index, self.key, self.embedding_dim, self.dtype))
+        else:
+            found = self.product.stored.rows(index, self.dtype)
         return found if self.factor is None else found * self.factor
 
     def extra_repr(self) -> str:
@@ -146,9 +162,13 @@ class AnybitExperts(nn.Module):
             setattr(self, name, nn.ModuleList(products))
         self.has_fused = "gate_up_proj" in projections
         self.is_concatenated = bool(getattr(host, "is_concatenated", True))
+        self.key = id(self)
+        _EXPERTS[self.key] = self
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [M, H], the experts of each token [M, T] and their weights [M, T] -> [M, H]."""
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():  # which experts run depends on data
+            return cast("Tensor", torch.ops.anybit.experts(hidden_states, top_k_index, top_k_weights, self.key))
         result = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             if expert >= self.num_experts:  # the mark of an expert on another device
@@ -204,6 +224,26 @@ def _product(x: Tensor, key: int, out_features: int) -> Tensor:
 @_product.register_fake
 def _(x: Tensor, key: int, out_features: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.custom_op("anybit::experts", mutates_args=())
+def _experts(x: Tensor, index: Tensor, weights: Tensor, key: int) -> Tensor:
+    return cast("Tensor", _EXPERTS[key](x, index, weights))
+
+
+@_experts.register_fake
+def _(x: Tensor, index: Tensor, weights: Tensor, key: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("anybit::rows", mutates_args=())
+def _rows(index: Tensor, key: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return _PRODUCTS[key].product.stored.rows(index, dtype)
+
+
+@_rows.register_fake
+def _(index: Tensor, key: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return index.new_empty((*index.shape, columns), dtype=dtype)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

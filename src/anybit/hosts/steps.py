@@ -8,6 +8,7 @@ of threads is 1 and the packed products keep the number there was before.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -24,18 +25,26 @@ def run_small_steps_alone(model: nn.Module) -> None:
     model.register_forward_hook(_after, always_call=True)
 
 
+_aside = threading.local()  # torch's number of threads belongs to the calling thread, so what was put aside does too
+
+
 def _before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling():  # a compiled step has few small operations, and a graph cannot hold this
+        return
     given = args[0] if args else kwargs.get("input_ids")
     given = kwargs.get("inputs_embeds") if given is None else given
     threads = torch.get_num_threads()
     if isinstance(given, Tensor) and given.shape[:2].numel() <= MOST_TOKENS and threads > 1:
         keep_threads(threads)
-        model._anybit_threads = threads  # type: ignore[assignment]
+        _aside.threads = threads
         torch.set_num_threads(1)
 
 
 def _after(model: nn.Module, *_: Any) -> None:
-    threads = model.__dict__.pop("_anybit_threads", 0)
+    if torch.compiler.is_compiling():
+        return
+    threads = getattr(_aside, "threads", 0)
     if threads:
+        _aside.threads = 0
         torch.set_num_threads(threads)
         keep_threads(0)

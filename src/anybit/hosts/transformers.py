@@ -18,14 +18,14 @@ import torch
 from anybit.checkpoints import open as open_checkpoint
 from anybit.checkpoints.checkpoint import Checkpoint
 from anybit.checkpoints.online import quantizer
-from anybit.errors import Unsupported
+from anybit.errors import DeviceProblem, Unsupported
 from anybit.hosts.building import build
 from anybit.hosts.filling import Filler, Progress, assign, demand_filled
 from anybit.hosts.meter import Meter
 from anybit.hosts.plans import make_plan
 from anybit.hosts.steps import run_small_steps_alone
 from anybit.planning.plan import Plan
-from anybit.platforms import detect
+from anybit.platforms import Platform, detect
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,31 @@ class Loading:
     peak_bytes: int
 
 
+def _device(wanted: str | int | torch.device | None) -> tuple[torch.device, Platform]:
+    """torch's device and our platform for what the user asked for; a GPU that this torch cannot use is refused."""
+    name = "auto" if wanted is None else f"cuda:{wanted}" if isinstance(wanted, int) else str(wanted)
+    kind, _, number = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or not (number.isdigit() or not number):
+        raise DeviceProblem(f"no such device: {name!r}", found=name, wanted="cpu, cuda or cuda:N",
+                            remedy="--device cpu, or `anybit doctor`")
+    platform = detect(name)
+    usable = platform.vendor == "cpu" or (torch.cuda.is_available() and int(number or 0) < torch.cuda.device_count())
+    if not usable and wanted is None:
+        platform, usable = detect("cpu"), True  # a GPU is here, but this build of torch has no use for it
+    if not usable:
+        raise DeviceProblem(
+            f"torch cannot use {name}", found=f"torch {torch.__version__}, {torch.cuda.device_count()} GPUs",
+            wanted="a build of torch for this GPU and its driver", remedy="`anybit doctor`, or --device cpu",
+        )
+    if platform.vendor == "cpu":
+        return torch.device("cpu"), platform
+    return torch.device(f"cuda:{number}" if number else "cuda"), platform
+
+
 def load(
     path: str | os.PathLike[str] | Checkpoint,
     dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
+    device: str | int | torch.device | None = None,
     *,
     quantization: str | None = None,
     kernel: str | None = None,
@@ -52,7 +73,7 @@ def load(
 
     path          "smollm2", a folder, a .gguf file, a hub id, or an open Checkpoint
     dtype         of activations and plain tensors; default float32 on a CPU, the checkpoint's own on a GPU
-    device        "cpu", "cuda", "cuda:1"; default a GPU where there is one
+    device        "cpu", "cuda", "cuda:1" or 1; default a GPU where there is one
     quantization  quantize the checkpoint's unquantized layers while loading (`anybit.checkpoints.online.ONLINE`)
     kernel        use this kernel, or refuse with its reasons
 
@@ -63,15 +84,23 @@ def load(
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     checkpoint.demand_loadable()
-    platform = detect("auto" if device is None else str(device))
-    target = torch.device(device if device is not None else ("cpu" if platform.vendor == "cpu" else "cuda"))
+    target, platform = _device(device)
     chosen = make_plan(checkpoint, platform, dtype=dtype, quantization=quantization, kernel=kernel)
     chosen.demand_complete()
     with Meter(target) as meter:
         model, unused = _build_and_fill(checkpoint, chosen, target, quantization, progress)
     _set_generation(model, checkpoint)
     model.anybit = Loading(checkpoint, chosen, tuple(unused), meter.held_bytes, meter.peak_bytes)
+    model.save_pretrained = _refuse_saving
     return model
+
+
+def _refuse_saving(*_: Any, **__: Any) -> None:
+    """transformers' own would write our packed buffers under names that no tool reads."""
+    raise Unsupported(
+        "a model in packed form is not saved by save_pretrained", wanted="the checkpoint that it was loaded from",
+        remedy="copy that folder; it is unchanged",
+    )
 
 
 def _build_and_fill(

@@ -37,6 +37,7 @@ DIALECTS: Final = {
     "bitsandbytes": "anybit.checkpoints.dialects.bitsandbytes",
     "torchao": "anybit.checkpoints.dialects.torchao",
     "hqq": "anybit.checkpoints.dialects.hqq",
+    "quark": "anybit.checkpoints.dialects.quark",
     "plain": "anybit.checkpoints.dialects.plain",
 }
 

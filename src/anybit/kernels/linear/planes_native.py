@@ -54,10 +54,16 @@ class StoredPlanes:
 
     def step(self, x: Tensor) -> Tensor:
         """As `linear` for few tokens, x [.., K] -> [.., N] of x's dtype, bias included: nothing between host and C."""
+        if x.dtype == torch.float64:  # the library has no such type, and sums are float32 in any case
+            return self._planes.linear(self._in_order(x).float()).double()
         return self._planes.linear(self._in_order(x))
 
     def _in_order(self, x: Tensor) -> Tensor:
-        return x if self._permutation is None else x.index_select(-1, self._permutation)
+        if self._permutation is None:
+            return x
+        if x.shape[-1] != len(self._permutation):  # picking columns would hide it
+            raise ValueError(f"x {tuple(x.shape)} for a weight {tuple(self.shape)}")
+        return x.index_select(-1, self._permutation)
 
     def _as_given(self, weight: Tensor) -> Tensor:
         """Columns of decoded rows back in the checkpoint's order."""
@@ -68,9 +74,12 @@ class StoredPlanes:
     def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """x [M, K] times W^T plus the weight's own bias: [M, N] in `out_dtype`."""
         x = self._in_order(x)
+        wanted = out_dtype
+        if torch.float64 in (x.dtype, out_dtype):
+            x, out_dtype = x.float(), torch.float32
         if regime not in self._expanded:
-            return self._planes.linear(x, torch.empty((x.shape[0], self.shape[0]), dtype=out_dtype))
-        return self.expanded(x, bias, out_dtype, 0, self.shape[0])
+            return self._planes.linear(x, torch.empty((x.shape[0], self.shape[0]), dtype=out_dtype)).to(wanted)
+        return self.expanded(x, bias, wanted, 0, self.shape[0])
 
     def expanded(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype, first: int, count: int) -> Tensor:
         """x [M, K] (in the planes' order) times the rows [first, first + count), a tile decoded at a time."""

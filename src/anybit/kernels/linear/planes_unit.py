@@ -15,9 +15,22 @@ from anybit.kernels.linear.planes_native import StoredPlanes
 from anybit.kernels.request import Regime
 from anybit.weights import QuantizedWeight, Weight, concatenate
 
-# the last input of a unit, its rows, and the parts that have taken theirs: one tuple, replaced as a whole, so that
-# threads that run the model at the same time never see each other's rows
-_Last = tuple[Tensor, Tensor, frozenset[int]]
+# the last input of a unit, its mark, its rows, and the parts that have taken theirs: one tuple, replaced as a whole,
+# so that threads that run the model at the same time never see each other's rows
+_Last = tuple[Tensor, "int | Tensor", Tensor, frozenset[int]]
+
+
+def _mark(x: Tensor) -> int | Tensor:
+    """What tells whether x was written to: its version, or a copy where inference mode keeps no versions."""
+    return x.clone() if x.is_inference() else x._version
+
+
+def _is_unchanged(x: Tensor, mark: int | Tensor) -> bool:
+    return torch.equal(x, mark) if isinstance(mark, Tensor) else x._version == mark
+
+
+# a part asked alone for many tokens decodes its own rows only
+_EXPANDED: frozenset[Regime] = frozenset({"small", "prefill"})
 
 
 class _Unit:
@@ -31,21 +44,21 @@ class _Unit:
     def rows_for(self, x: Tensor, part: int) -> Tensor:
         """W x of all parts for few tokens; kept until every part has asked for this very tensor once."""
         last = self._last
-        if last is not None and last[0] is x and part not in last[2]:
-            y, taken = last[1], last[2] | {part}
+        if last is not None and last[0] is x and part not in last[3] and _is_unchanged(x, last[1]):
+            _, mark, y, taken = last
+            taken = taken | {part}
         else:
-            y, taken = self.stored.step(x), frozenset({part})
-        self._last = (x, y, taken) if len(taken) < self.parts else None
+            mark, y, taken = _mark(x), self.stored.step(x), frozenset({part})
+        self._last = (x, mark, y, taken) if len(taken) < self.parts else None
         return y
 
 
 class StoredPart:
     """One layer's rows of a unit, with the face of a stored weight."""
 
-    def __init__(self, unit: _Unit, part: int, start: int, shape: tuple[int, ...], expanded: frozenset[Regime]) -> None:
+    def __init__(self, unit: _Unit, part: int, start: int, shape: tuple[int, ...]) -> None:
         self.shape = shape
-        self._unit, self._part, self._start, self._expanded = unit, part, start, expanded
-        self._stop = start + shape[0]
+        self._unit, self._part, self._start, self._stop = unit, part, start, start + shape[0]
 
     def tensors(self) -> dict[str, Tensor]:
         """The unit's buffers, counted with the first part."""
@@ -62,7 +75,7 @@ class StoredPart:
 
     def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """x [M, K] times W^T plus bias: [M, N] in `out_dtype`."""
-        if regime in self._expanded:
+        if regime in _EXPANDED:
             return self._unit.stored.expanded(x, bias, out_dtype, self._start, self.shape[0])
         y = self._unit.stored.linear(x, regime, None, out_dtype)  # the unit's own bias is in it
         return y[:, self._start : self._stop].contiguous()
@@ -76,7 +89,7 @@ class StoredPart:
         return self._unit.stored.decode(self._start, self.shape[0])
 
 
-def as_unit(weights: Sequence[Weight], expanded: frozenset[Regime]) -> list[StoredPart] | None:
+def as_unit(weights: Sequence[Weight]) -> list[StoredPart] | None:
     """The weights of one unit stored together, one face for each; None where they do not fit below each other."""
     quantized = [w for w in weights if isinstance(w, QuantizedWeight) and w.scheme.activation is None]
     if len(quantized) < len(weights) or any(w.scheme.act_order or w.scheme.output for w in quantized):
@@ -86,9 +99,9 @@ def as_unit(weights: Sequence[Weight], expanded: frozenset[Regime]) -> list[Stor
         return None
     from anybit.kernels.native.planes import from_weight
 
-    unit = _Unit(StoredPlanes(from_weight(together), expanded), len(quantized))
+    unit = _Unit(StoredPlanes(from_weight(together), _EXPANDED), len(quantized))
     parts, start = [], 0
     for number, weight in enumerate(quantized):
-        parts.append(StoredPart(unit, number, start, weight.shape, expanded))
+        parts.append(StoredPart(unit, number, start, weight.shape))
         start += weight.shape[0]
     return parts
