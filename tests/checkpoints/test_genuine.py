@@ -16,7 +16,7 @@ from conftest import CHECKPOINTS, EXPECTED, digest, expected, genuine
 
 # folders that a dialect of this version reads; a new dialect is a line
 READ = (
-    "gguf-*", "modelopt-*", "ct-*", "gptq-*", "awq-*", "autoround-*", "fp8-*", "fbgemm-*", "gptoss-*", "quark-awqmode-*",
+    "gguf-*", "modelopt-*", "ct-*", "gptq-*", "awq-*", "autoround-*", "fp8-*", "fbgemm-*", "gptoss-*", "quark-*",
     "bnb-*", "torchao-*", "hqq-*",
 )
 

@@ -14,7 +14,7 @@ import anybit
 from anybit.hosts.modules import AnybitExperts, AnybitLinear
 from conftest import CHECKPOINTS, EXPECTED, genuine
 
-READ = ("gguf-*", "modelopt-*", "ct-*", "gptq-*", "awq-*", "autoround-*", "fp8-*", "fbgemm-*", "gptoss-*", "quark-awqmode-*",
+READ = ("gguf-*", "modelopt-*", "ct-*", "gptq-*", "awq-*", "autoround-*", "fp8-*", "fbgemm-*", "gptoss-*", "quark-*",
         "bnb-*", "torchao-*", "hqq-*")
 
 

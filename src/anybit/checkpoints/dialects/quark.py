@@ -4,7 +4,7 @@ Stored per module M: M.weight, M.weight_scale, for integers M.weight_zero_point,
 M.weight_zero_point_2, for calibrated inputs M.input_scale, M.input_zero_point or M.input_scale_2. Integers in groups
 lie [K, N] with scales [K/g, N]; all else lies [N, K]. Its custom modes fp8 and awq are those dialects' matter.
 Rules, worked examples and sources with versions: docs/formats/quark.md. `_shared/quark_config.py` reads the config,
-`_shared/quark_headers.py` the headers.
+`_shared/quark_headers.py` and `_shared/quark_layouts.py` the headers.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def _refuse_other_caches(config: Config) -> None:
     other = next((spec for spec in config.kv_specs if spec.dtype != "fp8_e4m3" or spec.qscheme != "per_tensor"), None)
     if other is not None:
         raise Unsupported("a key-value cache in a format that no known runtime keeps",
-                          where=f"{WHERE}.kv_cache_quant_config", found=str(other), wanted="fp8_e4m3 per_tensor", remedy="export the model with kv scheme fp8")
+                          where=f"{WHERE}.kv_cache_quant_config", found=str(other), wanted="fp8_e4m3 per_tensor",
+                          remedy="export the model with kv scheme fp8")
 
 
 def notes(contents: Contents) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ first to be asked for an input computes the rows of all, the others take theirs.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -17,16 +18,15 @@ from anybit.weights import QuantizedWeight, Weight, concatenate
 
 # the last input of a unit, its mark, its rows, and the parts that have taken theirs: one tuple, replaced as a whole,
 # so that threads that run the model at the same time never see each other's rows
-_Last = tuple[Tensor, "int | Tensor", Tensor, frozenset[int]]
+_Last = tuple[Tensor, int | bytes, Tensor, frozenset[int]]
 
 
-def _mark(x: Tensor) -> int | Tensor:
-    """What tells whether x was written to: its version, or a copy where inference mode keeps no versions."""
-    return x.clone() if x.is_inference() else x._version
-
-
-def _is_unchanged(x: Tensor, mark: int | Tensor) -> bool:
-    return torch.equal(x, mark) if isinstance(mark, Tensor) else x._version == mark
+def _mark(x: Tensor) -> int | bytes:
+    """What tells whether x was written to: its version, or its few bytes where inference mode keeps no versions."""
+    if not x.is_inference():
+        return x._version
+    x = x if x.is_contiguous() else x.contiguous()
+    return ctypes.string_at(x.data_ptr(), x.nbytes)
 
 
 # a part asked alone for many tokens decodes its own rows only
@@ -44,7 +44,7 @@ class _Unit:
     def rows_for(self, x: Tensor, part: int) -> Tensor:
         """W x of all parts for few tokens; kept until every part has asked for this very tensor once."""
         last = self._last
-        if last is not None and last[0] is x and part not in last[3] and _is_unchanged(x, last[1]):
+        if last is not None and last[0] is x and part not in last[3] and _mark(x) == last[1]:
             _, mark, y, taken = last
             taken = taken | {part}
         else:
