@@ -325,3 +325,23 @@ def test_scales_and_minima_that_are_no_numbers_are_damage(tmp_path: Path, leaf: 
     tensors = gemv_fast(random_codes(4, 64), torch.ones(4, 1), 2)
     tensors[f"{M}.{leaf}"][0, 1] = float("nan")
     assert isinstance(refusal(tmp_path, config(version="gemv_fast", group_size=64), tensors), Damaged)
+
+
+def test_corrupted_names_of_quark_are_read(tmp_path: Path) -> None:
+    """Quark 0.13 on transformers 5.6 and later wrote qscales and qqzeros: docs/formats/quark.md §9."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    import anybit
+    from conftest import CHECKPOINTS
+
+    source = CHECKPOINTS / "awq-gemm-mixtral"
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    tensors = load_file(next(source.glob("*.safetensors")))
+    renamed = {k.replace(".scales", ".qscales").replace(".qzeros", ".qqzeros"): v for k, v in tensors.items()}
+    save_file(renamed, tmp_path / "model.safetensors")
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "awq"
+    wanted, found = anybit.open(source), anybit.open(tmp_path)
+    for name in [n for n, layer in wanted.layers.items() if layer.scheme.is_quantized][:3]:
+        assert torch.equal(found.read(name).dequantize(), wanted.read(name).dequantize())

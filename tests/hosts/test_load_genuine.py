@@ -82,7 +82,7 @@ def test_a_loaded_layer_gives_the_recorded_output(name: str) -> None:
                 assert relative_error(y, wanted) <= 1e-5, name_
 
 
-@pytest.mark.parametrize("name", [n for n in genuine("modelopt-*", "ct-*", "gptq-*", "awq-*", "autoround-*", "fp8-*", "fbgemm-*", "gptoss-*", "bnb-*", "torchao-*", "hqq-w3-*", "hqq-w4-*", "hqq-w8-*") if has(n, "logits")])
+@pytest.mark.parametrize("name", [n for n in genuine("modelopt-*", "ct-*", "gptq-*", "awq-*", "autoround-*", "fp8-*", "fbgemm-*", "gptoss-*", "bnb-*", "torchao-*", "hqq-w3-*", "hqq-w4-*", "hqq-w8-*", "quark-*") if has(n, "logits")])
 def test_plain_from_pretrained_gives_the_same_model(name: str) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -120,8 +120,17 @@ def packed_layer(
     return _LAYOUTS[layout](contents, module, settings, writer, notes)
 
 
+def _leaf(contents: Contents, module: str, leaf: str) -> TensorInfo:
+    """The tensor of a module; Quark 0.13 beside a new transformers wrote "qscales" and "qqzeros" (quark.md §9)."""
+    corrupted = f"{module}.q{leaf}"
+    if f"{module}.{leaf}" not in contents.tensors and corrupted in contents.tensors:
+        return contents.tensors[corrupted]
+    return need(contents, f"{module}.{leaf}", module)
+
+
 def _gemm(contents: Contents, module: str, settings: Settings, writer: str, notes: tuple[str, ...]) -> Layer:
-    words, zeros, scales = (need(contents, f"{module}.{leaf}", module) for leaf in ("qweight", "qzeros", "scales"))
+    words = need(contents, f"{module}.qweight", module)
+    zeros, scales = (_leaf(contents, module, leaf) for leaf in ("qzeros", "scales"))
     columns, width = _matrix(words, "I32")
     expect_dtype(zeros, "I32")
     expect_dtype(scales, *FLOAT_DTYPES)

@@ -342,7 +342,8 @@ def _int4_under_fp8(module: Module, first: Spec, second: Spec) -> Tried:
     if isinstance(zero, str):
         return zero
     levels = _level(module, CHANNEL, "weight_scale_2"), _level(module, TENSOR)
-    return Fit((rows, 8 * words), second.dtype, levels, "int4", module.config.pack_method, False, *zero, is_code_first=True)
+    order = module.config.pack_method
+    return Fit((rows, 8 * words), second.dtype, levels, "int4", order, False, *zero, is_code_first=True)
 
 
 LAYOUTS: Final[Mapping[tuple[str, str], Callable[[Module, Spec], Tried]]] = {
