@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import anybit
-from anybit.hosts.modules import AnybitExperts, AnybitLinear
+from anybit.hosts.modules import AnybitLinear
 from conftest import CHECKPOINTS, EXPECTED, genuine
 
 READ = ("gguf-*", "modelopt-*", "ct-*", "gptq-*", "awq-*", "autoround-*", "fp8-*", "fbgemm-*", "gptoss-*", "quark-*",
@@ -53,14 +53,8 @@ def test_float32_logits_equal_the_record(name: str) -> None:
 
 
 def module_of(model: torch.nn.Module, name: str) -> AnybitLinear:
-    """The module of a checkpoint layer; a piece of the experts is inside the experts module."""
-    parent, _, rest = name.partition(".experts.")
-    if not rest:
-        return model.get_submodule(name)  # type: ignore[return-value]
-    index, role = rest.split(".")
-    experts = model.get_submodule(f"{parent}.experts")
-    assert isinstance(experts, AnybitExperts)
-    return experts.get_submodule(f"{role}.{index}")  # type: ignore[return-value]
+    """The module of a checkpoint layer: pieces of the experts have the checkpoint's path too."""
+    return model.get_submodule(name)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("name", [n for n in genuine(*READ) if has(n, "layer/")])

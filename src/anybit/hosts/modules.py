@@ -149,8 +149,8 @@ class TiedHead(nn.Module):
 class AnybitExperts(nn.Module):
     """The experts of one layer, packed: takes the place of transformers' fused experts module.
 
-    Each projection is a list of products, one an expert: experts of one layer may differ in scheme. `gate_up` holds
-    either separate gate and up products or one fused product whose rows are laid out as the original module's.
+    Each expert has products of its own, since experts of one layer may differ in scheme: either gate_proj, up_proj and
+    down_proj, or one fused gate_up_proj whose rows are laid out as the original module's.
     The original module stays as `host` (without its parameters) for its gating and its flags.
     """
 
@@ -158,8 +158,9 @@ class AnybitExperts(nn.Module):
         super().__init__()
         self.host = host
         self.num_experts = experts
-        for name, products in projections.items():
-            setattr(self, name, nn.ModuleList(products))
+        for expert in range(experts):  # paths as in most checkpoints: experts.3.gate_proj
+            parts = {name: products[expert] for name, products in projections.items()}
+            self.add_module(str(expert), nn.ModuleDict(parts))
         self.has_fused = "gate_up_proj" in projections
         self.is_concatenated = bool(getattr(host, "is_concatenated", True))
         self.key = id(self)
@@ -180,7 +181,7 @@ class AnybitExperts(nn.Module):
         return result
 
     def _projection(self, name: str, expert: int) -> AnybitLinear:
-        return cast("AnybitLinear", cast("nn.ModuleList", getattr(self, name))[expert])
+        return cast("AnybitLinear", cast("nn.ModuleDict", self._modules[str(expert)])[name])
 
     def _gate_up(self, x: Tensor, expert: int) -> Tensor:
         if self.has_fused:
