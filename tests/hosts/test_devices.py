@@ -31,3 +31,13 @@ def test_a_gpu_that_torch_cannot_use_is_refused(device: object, monkeypatch: pyt
 def test_a_gpu_beside_a_cpu_build_of_torch_leaves_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("anybit.hosts.transformers.detect", lambda name: named("cpu" if name == "cpu" else "h100"))
     assert anybit.load(FOLDER).device.type == "cpu"
+
+
+@pytest.mark.parametrize("elsewhere", ["disk", "cuda:0"])
+def test_a_device_map_over_unlike_devices_is_refused_by_the_take_over_door(elsewhere: str) -> None:
+    from anybit.hosts.quantizer import _one_kind
+
+    with pytest.raises(DeviceProblem, match="one kind"):
+        _one_kind({"model": "cpu", "lm_head": elsewhere})
+    assert _one_kind({"": "cpu"}) == torch.device("cpu")
+    assert _one_kind({"model": 0, "lm_head": 1}) == torch.device("cuda:0")

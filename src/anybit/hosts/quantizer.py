@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from anybit.checkpoints import open as open_checkpoint
+from anybit.errors import DeviceProblem
 from anybit.hosts.filling import Assignment, Filler, assign, demand_filled, wanted_dtype
 from anybit.planning.plan import plan_layers
 from anybit.platforms import detect
@@ -53,7 +54,7 @@ class AnybitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         device_map = kwargs.get("device_map") or {"": "cpu"}
-        first = torch.device(_device_name(next(iter(device_map.values()))))
+        first = _one_kind(device_map)
         dtype = model.dtype
         name = str(dtype).removeprefix("torch.")
         plan = plan_layers(self.checkpoint, detect("cpu" if first.type == "cpu" else str(first)), dtype=name)
@@ -108,6 +109,18 @@ class AnybitQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Every product is one custom operator."""
         return True
+
+
+def _one_kind(device_map: dict[str, Any]) -> torch.device:
+    """The first device of the map; DeviceProblem unless all are of its kind, since a layout belongs to one."""
+    names = [_device_name(device) for device in device_map.values()]
+    kinds = {name.partition(":")[0] for name in names}
+    if len(kinds) > 1 or not kinds <= {"cpu", "cuda"}:
+        raise DeviceProblem(
+            "packed layers need devices of one kind", where="device_map", found=", ".join(sorted(kinds)),
+            wanted="cpu alone, or GPUs alone", remedy="device_map='cpu', or a GPU that holds the model",
+        )
+    return torch.device(names[0])
 
 
 def _device_name(device: Any) -> str:
