@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,3 +89,25 @@ def test_float64_inputs_give_float64_outputs(tokens: int) -> None:
         found = layer(x.double())
         assert found.dtype == torch.float64
         assert torch.equal(found, layer(x).double())
+
+
+def test_biases_of_unquantized_stacked_experts_are_filled(tmp_path: Path) -> None:
+    """An unquantized gpt-oss folder: bare expert parameters with `_bias` beside them, as transformers itself saves."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        num_hidden_layers=1, num_local_experts=4, vocab_size=64, hidden_size=64, intermediate_size=32, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=2, max_position_embeddings=64,
+        layer_types=["full_attention"], rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        pad_token_id=0, eos_token_id=1,
+    )
+    plain = GptOssForCausalLM(config).eval()
+    for name, parameter in plain.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    plain.save_pretrained(tmp_path)
+    model = anybit.load(tmp_path, dtype="float32", device="cpu")
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)

@@ -16,7 +16,6 @@ Model = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="one document with stable keys", rich_help_panel=OUTPUT)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="results only", rich_help_panel=OUTPUT)]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="reasons too", rich_help_panel=OUTPUT)]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="of activations: float32, bfloat16, float16", rich_help_panel=CHOICE,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from anybit.checkpoints.checkpoint import Checkpoint
-from anybit.errors import AnybitError, Inconsistent, Unsupported
+from anybit.errors import Inconsistent, Unsupported
 from anybit.hosts.meter import release_freed
 from anybit.hosts.modules import AnybitEmbedding, AnybitExperts, AnybitLinear, TiedHead, product_of
 from anybit.hosts.naming import Naming
@@ -41,7 +41,7 @@ class Assignment:
 
     modules  module path -> layer: replaced by a module of ours
     experts  experts module -> role -> expert index (-1: a stack) -> layer
-    tensors  parameter -> layer: filled as an ordinary parameter
+    tensors  parameter of a weight -> layer: filled as an ordinary parameter, its bias beside it
     plain    parameter -> name in the checkpoint's `plain`
     unused   layers and tensors of the checkpoint that the model has no place for
     naming   the names of the model as it was
@@ -106,8 +106,6 @@ def _assign_layer(found: Assignment, layer: Layer, plan: Plan, only_quantized: b
         found.modules[place.module] = layer.name
     else:
         found.tensors[f"{place.module}.weight"] = layer.name
-        if layer.has_bias and f"{place.module}.bias" in naming.parameters:
-            found.tensors[f"{place.module}.bias"] = layer.name
 
 
 def _is_replaceable(module: nn.Module) -> bool:
@@ -152,7 +150,7 @@ class Filler:
             self.model.set_submodule(path, self._experts(path, roles))
         if with_plain:
             for parameter, name in found.tensors.items():
-                self._set(parameter, self._dense_part(parameter, name))
+                self._set_layer(parameter, self._read(name))
             for parameter, name in found.plain.items():
                 self._set(parameter, self.checkpoint.read_plain(name))
         self._tie()
@@ -162,17 +160,23 @@ class Filler:
         layer = self.checkpoint.layers[name]
         weight = self.checkpoint.read(name)
         if self.quantize is not None:
-            try:
-                weight = self.quantize(layer, weight)
-            except AnybitError as error:
-                error.where = error.where or name
-                raise
+            weight = self.quantize(layer, weight)
         if self.progress is not None:
             self.progress(name, layer.stored_bytes)
         self._read_bytes += layer.stored_bytes
         if self._read_bytes > _RELEASE_BYTES:
             self._read_bytes = 0
             release_freed()
+        return weight
+
+    def _original(self, path: str) -> nn.Module:
+        """The host's module that a placeholder stands for."""
+        return cast("Placeholder", self.model.get_submodule(path)).original[0]
+
+    def _read_for(self, path: str, name: str) -> Weight:
+        """The weight of a layer, of the shape that the module at `path` has by the config."""
+        weight = self._read(name)
+        _demand_shape(name, weight, _shape_of(self._original(path)))
         return weight
 
     def _linear(self, name: str, weight: Weight, device: torch.device) -> AnybitLinear:
@@ -206,20 +210,17 @@ class Filler:
         elements = sum(self.checkpoint.layers[name].elements for name in names)
         if len(schemes) > 1 or elements > _UNIT_ELEMENTS:
             return False
-        weights = [self._read(name) for name in names]
+        weights = [self._read_for(path, name) for path, name in zip(paths, names, strict=True)]
         stored = as_unit(weights) if {w.scheme for w in weights} == schemes else None
         for i, (path, name, weight) in enumerate(zip(paths, names, weights, strict=True)):
-            original = cast("Placeholder", self.model.get_submodule(path)).original[0]
-            _demand_shape(name, weight, _shape_of(original))
             device = self.device_of(path)
             kept = self._prepare(name, weight, device) if stored is None else stored[i]
             self.model.set_submodule(path, AnybitLinear(product_of(weight, kept, device)))
         return True
 
     def _module(self, path: str, name: str) -> nn.Module:
-        original = cast("Placeholder", self.model.get_submodule(path)).original[0]
-        weight = self._read(name)
-        _demand_shape(name, weight, _shape_of(original))
+        original = self._original(path)
+        weight = self._read_for(path, name)
         device = self.device_of(path)
         if not isinstance(original, nn.Embedding):
             return self._linear(name, weight, device)
@@ -227,8 +228,7 @@ class Filler:
         return AnybitEmbedding(product_of(weight, stored, device), self.dtype, getattr(original, "embed_scale", None))
 
     def _experts(self, path: str, roles: Mapping[str, Mapping[int, str]]) -> AnybitExperts:
-        placeholder = cast("Placeholder", self.model.get_submodule(path))
-        host = placeholder.original[0]
+        host = self._original(path)
         count = int(cast("int", getattr(host, "num_experts", 0))) or 1 + max(i for by in roles.values() for i in by)
         _demand_roles(path, roles, count)
         device = self.device_of(path)
@@ -267,12 +267,13 @@ class Filler:
         for index in range(count):
             yield self._linear(by[index], self._read(by[index]), device)
 
-    def _dense_part(self, parameter: str, name: str) -> Tensor:
-        weight = self._read(name)
-        if parameter.endswith(".bias"):
-            assert weight.bias is not None
-            return weight.bias
-        return weight.tensor if isinstance(weight, Dense) else weight.dequantize()
+    def _set_layer(self, parameter: str, weight: Weight) -> None:
+        """A layer as the host's own parameter, with its bias where the host has one for it."""
+        self._set(parameter, weight.tensor if isinstance(weight, Dense) else weight.dequantize())
+        stem = parameter.removesuffix(".weight")
+        bias = f"{stem}.bias" if stem != parameter else f"{parameter}_bias"  # stacked experts are bare parameters
+        if weight.bias is not None and bias in self.assignment.naming.parameters:
+            self._set(bias, weight.bias)
 
     def _set(self, parameter: str, value: Tensor) -> None:
         path, _, name = parameter.rpartition(".")

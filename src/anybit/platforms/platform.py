@@ -40,10 +40,6 @@ class Platform:
         """One short line: name and arch."""
         return self.name if self.arch in self.name else f"{self.name} ({self.arch})"
 
-    def has(self, *features: str) -> bool:
-        """True if every feature is there."""
-        return all(f in self.features for f in features)
-
     def to_dict(self) -> dict[str, Any]:
         """The platform as data, units in the names."""
         return {

@@ -6,6 +6,7 @@ decoding into a tile that torch multiplies. Both form the float32 reference weig
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from anybit.kernels.native.support import reasons_against
@@ -88,10 +89,8 @@ def expand_seconds(request: Request, platform: Platform) -> float:
 
 def stored_bytes(request: Request) -> int:
     """Planes of codes with K padded to 32, scales as stored."""
-    *stacks, n, k = request.shape
-    rows = n
-    for size in stacks:
-        rows *= size
+    *stacked_rows, k = request.shape
+    rows = math.prod(stacked_rows)
     bits = number_format(request.scheme.element).bits
     return rows * (-(-k // 32) * 32 * bits // 8) + scale_bytes(request.scheme, request.shape)
 

@@ -6,6 +6,8 @@ The full weight never exists: a tile of rows is decoded to float32, multiplied, 
 
 from __future__ import annotations
 
+import math
+
 from anybit.kernels.request import KernelSpec, Request, Verdict, scale_bytes
 from anybit.platforms import Platform
 
@@ -28,10 +30,8 @@ def seconds(request: Request, platform: Platform) -> float:
 def stored_bytes(request: Request) -> int:
     """Codes packed to their width, scales as stored."""
     bits = request.scheme.weight_bits
-    *stacks, n, k = request.shape
-    rows = n
-    for size in stacks:
-        rows *= size
+    *stacked_rows, k = request.shape
+    rows = math.prod(stacked_rows)
     return rows * (-(-k * bits // 8)) + scale_bytes(request.scheme, request.shape)
 
 
