@@ -255,22 +255,40 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Layers that a host runs together: q/k/v, gate/up, an expert stack; or one layer alone."""
-
-    name: str
-    kind: LayerKind
-    layers: tuple[Layer, ...]
-
-
-@dataclass(frozen=True)
 class KVCacheSpec:
-    """A quantized key-value cache that a checkpoint declares.
+    """A quantized key-value cache that a checkpoint declares: keys after the rotary embedding, and values.
 
-    element  number format of the cached codes
-    scales   module name of the attention -> (k tensor, v tensor), "" where the scale is missing (then 1.0)
+    element      number format of the cached codes
+    scales       module name of the attention -> (k tensor, v tensor), "" where the scale is missing (then 1.0)
+    dynamic      scales from the data of each call; otherwise from the file
+    granularity  who shares a scale of an attention: tensor (all its heads) or head
+    latent       attentions whose keys and values come out of one projection, `kv_b_proj`, whose output the scale is of
     """
 
     element: str
     scales: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     dynamic: bool = False
+    granularity: Literal["tensor", "head"] = "tensor"
+    latent: frozenset[str] = frozenset()
+
+    @property
+    def activation(self) -> ActivationSpec:
+        """The arithmetic for a key or value [.., tokens, head_dim], by the recipe of the element."""
+        recipe, group_size = KV_CACHE_RECIPES[self.element]
+        return ActivationSpec(self.element, self.dynamic, "group" if group_size else "tensor", recipe, group_size)
+
+    def row_bytes(self, width: int) -> int:
+        """Bytes of one token's key or value of one head, `width` numbers: codes, then scales of the token's own."""
+        group_size = KV_CACHE_RECIPES[self.element][1]
+        codes = -(-width * number_format(self.element).bits // 8)
+        return codes + (-(-width // group_size) if group_size else 0) + (4 if self.dynamic else 0)
+
+    def __str__(self) -> str:
+        return f"{self.element} {'dynamic' if self.dynamic else 'static'} {self.granularity}"
+
+
+# element of a cache -> recipe in numerics.activations.RECIPES, values that share an e4m3 block scale (0: none)
+KV_CACHE_RECIPES: Final = {
+    "fp8_e4m3fn": ("fp8_static_divide", 0),  # docs/formats/compressed_tensors.md §8: e4m3(x / scale)
+    "fp4_e2m1": ("nvfp4_reciprocal", 16),  # docs/formats/modelopt.md §8: the stored value is the global scale
+}

@@ -135,13 +135,16 @@ class QuantizedWeight:
             scales=tuple(cut(t) for t in self.scales),
             offset=None if self.offset is None else cut(self.offset),
             offset_scales=tuple(cut(t) for t in self.offset_scales),
+            activation={name: cut(t) if t.dim() > 1 else t for name, t in self.activation.items()},  # as in `expert`
             bias=None if self.bias is None else cut(self.bias),
         )
 
     def _narrow_rows(self, start: int, length: int) -> QuantizedWeight:
-        rows = self.shape[-2]
+        rows, columns = self.shape[-2:]
 
         def cut(t: Tensor, block: Block, placement: Placement) -> Tensor:
+            if placement == "flat":  # the rows lie one after another, and so do their blocks
+                return _cut_blocks(t, -1, block[1], start * columns, length * columns, rows * columns, "grid")
             return _cut_blocks(t, -2, block[0], start, length, rows, placement)
 
         shape = (*self.shape[:-2], length, self.shape[-1])

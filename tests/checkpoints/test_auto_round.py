@@ -21,6 +21,7 @@ from small_checkpoints import fp8_bytes, tensors_of, words, write
 from anybit.checkpoints.dialects import auto_round as dialect
 from anybit.checkpoints.dialects import gptq
 from anybit.errors import AnybitError, Inconsistent, Unsupported
+from anybit.numerics.activations import quantize_dequantize
 from anybit.weights import QuantizedWeight
 from conftest import genuine, needs_shared
 
@@ -213,6 +214,37 @@ def test_static_fp8_activations_use_the_stored_scale(tmp_path: Path) -> None:
     assert str(got.scheme.activation) == "fp8_e4m3fn static tensor"
 
 
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+def test_fp8_has_a_scale_a_row_where_the_group_is_the_row(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Scheme FP8_STATIC: the tool stores the scales of the rows in one dimension."""
+    raw = config(bits=8, data_type="fp", group_size=-1, packing_format="auto_round:fp8_static", act_bits=8,
+                 act_data_type="fp", act_dynamic=False)
+    tensors = {f"{M}.weight": fp8_bytes(0x38, 0x40).repeat(2, 1), f"{M}.input_scale": torch.tensor([0.5]).bfloat16(),
+               f"{M}.weight_scale": torch.tensor([2.0, 0.5]).bfloat16().reshape(shape)}
+    got = weight(tmp_path, raw, tensors)
+    assert got.dequantize().tolist() == [[2.0, 4.0], [0.5, 1.0]]
+    assert str(got.scheme) == "fp8_e4m3fn·channel·bf16 | a: fp8_e4m3fn static tensor"
+
+
+def test_fp8_scales_of_groups_lie_in_one_row_one_weight_row_after_another(tmp_path: Path) -> None:
+    raw = config(bits=8, data_type="fp", group_size=2, packing_format=None)
+    tensors = {f"{M}.weight": fp8_bytes(*[0x38] * 4).repeat(2, 1),
+               f"{M}.weight_scale": torch.tensor([1.0, 2.0, 3.0, 4.0]).bfloat16()}
+    assert weight(tmp_path, raw, tensors).dequantize().tolist() == [[1.0, 1.0, 2.0, 2.0], [3.0, 3.0, 4.0, 4.0]]
+
+
+@pytest.mark.parametrize("count", [3, 6])
+def test_fp8_scales_that_serve_nobody_are_refused(tmp_path: Path, count: int) -> None:
+    tensors = {f"{M}.weight": fp8_bytes(*[0x38] * 4).repeat(2, 1), f"{M}.weight_scale": torch.ones(count).bfloat16()}
+    assert isinstance(refusal(tmp_path, config(bits=8, data_type="fp", packing_format=None), tensors), Inconsistent)
+
+
+def test_fp8_in_another_format_than_e4m3_is_refused(tmp_path: Path) -> None:
+    tensors = {f"{M}.weight": torch.ones(1, 2).to(torch.float8_e5m2), f"{M}.weight_scale": torch.ones(1).bfloat16()}
+    error = refusal(tmp_path, config(bits=8, data_type="fp8_e5m2", packing_format=None), tensors)
+    assert "F8_E5M2" in error.found
+
+
 MX = {"group_size": 32, "packing_format": "auto_round:llm_compressor", "act_dynamic": True, "sym": True}
 
 
@@ -227,6 +259,27 @@ def test_trap_9_the_low_nibble_is_first(tmp_path: Path) -> None:
     assert got.dequantize()[0, :2].tolist() == [2.0, 12.0]
     assert got.scheme.activation is not None
     assert got.scheme.activation.recipe == "mx_floor_autoround"
+
+
+@pytest.mark.parametrize(("bits", "element"), [(4, "fp4_e2m1"), (8, "fp8_e4m3fn")])
+def test_mx_fp_rceil_rounds_the_shared_exponent_of_activations_up(tmp_path: Path, bits: int, element: str) -> None:
+    raw = config(**MX, bits=bits, data_type="mx_fp", act_bits=bits, act_data_type="mx_fp_rceil")
+    codes = {f"{M}.weight": fp8_bytes(*[0x38] * 32), f"{M}.weight_scale": torch.tensor([[127]], dtype=torch.uint8)}
+    spec = weight(tmp_path, raw, four_bit(0x22) if bits == 4 else codes).scheme.activation
+    assert (spec.element, spec.recipe) == (element, "mx_rceil")
+    x = torch.zeros(1, 32)
+    x[0, 0] = 7.0 if bits == 4 else 449.0  # above the largest element: the next power of two, 3.5 and 224 are stored
+    assert quantize_dequantize(x, spec)[0, 0].item() == (8.0 if bits == 4 else 448.0)
+
+
+def test_nvfp4_v2_has_unsigned_e5m3_scales_and_no_other(tmp_path: Path) -> None:
+    raw = config(data_type="nvfp4_v2", group_size=16, packing_format="auto_round:llm_compressor", act_bits=4,
+                 act_data_type="nvfp4_v2")
+    tensors = {f"{M}.weight_packed": torch.full((1, 16), 0x72, dtype=torch.uint8),
+               f"{M}.weight_scale": torch.tensor([[0x78, 0x01]], dtype=torch.uint8)}  # 1.0 and 2^-17
+    got = weight(tmp_path, raw, tensors)
+    assert got.dequantize()[0, [0, 1, 16, 17]].tolist() == [1.0, 6.0, 2.0**-17, 6 * 2.0**-17]
+    assert got.scheme.activation.recipe == "fp4_ue5m3_autoround"
 
 
 def test_mxint4_is_a_sign_and_quarters(tmp_path: Path) -> None:

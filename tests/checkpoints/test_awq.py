@@ -186,6 +186,13 @@ def test_trap_6_backend_llm_awq_overrides_the_version(tmp_path: Path, version: s
     assert got.shape == (4, 64)
 
 
+@pytest.mark.parametrize("version", ["exllama", "EXLLAMAV2", "ipex"])
+def test_versions_of_transformers_that_name_a_runtime_are_the_gemm_layout(tmp_path: Path, version: str) -> None:
+    codes, zeros = random_codes(8, 8), random_codes(8, 1)
+    got = weight(tmp_path, config(version=version), gemm(codes, zeros))
+    assert torch.equal(got.dequantize(), values(codes, zeros, 8))
+
+
 def test_trap_7_zero_points_are_stored_as_they_are(tmp_path: Path) -> None:
     zeros = torch.tensor([[0], [15]]).repeat(4, 1)
     got = weight(tmp_path, config(), gemm(random_codes(8, 8), zeros))

@@ -18,7 +18,7 @@ from anybit.checkpoints.checkpoint import Checkpoint
 from anybit.errors import AnybitError
 from checkpoints.altering import altered, put, put_byte
 from checkpoints.writing import folder_of, line, matrix
-from conftest import CHECKPOINTS
+from conftest import CHECKPOINTS, needs_shared
 
 ACT_ORDER = "gptq-w4-g64-asym-descact-qwen2"  # K 256, 4 groups of 64, quantize_config.json
 CT = "ct-llama-w4a16-g128"
@@ -289,3 +289,132 @@ def test_an_unsound_number_of_a_config_group_is_refused(key: str, value: Any, tm
 def test_numbers_that_fit_no_stored_shape_are_refused(name: str, quantization: dict[str, Any], tmp_path: Path) -> None:
     side = dict.fromkeys({SIDE} if name == ACT_ORDER else set())
     assert refused(altered(name, tmp_path / "m", quantization=quantization, side=side)).kind == "inconsistent"
+
+
+# --- bitsandbytes' descriptions, zero points, rules of a config --------------------------------------------------------
+
+BNB = "bnb-nf4-llama"
+STATE = f"{Q}.weight.quant_state.bitsandbytes__nf4"
+
+
+def state(**keys: Any) -> Any:
+    """A quant_state with these keys changed."""
+    return lambda stored: text({**json.loads(bytes(stored.tolist())), **keys})
+
+
+def text(value: Any) -> torch.Tensor:
+    raw = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return torch.tensor(list(raw), dtype=torch.uint8)
+
+
+@needs_shared
+@line("QT20")
+@pytest.mark.parametrize(("tensor", "change", "kinds"), [
+    (f"{Q}.weight.absmax", lambda t: t[:-1], {"inconsistent", "damaged"}),
+    (f"{Q}.weight.quant_map", lambda t: t[:15], {"inconsistent", "damaged"}),
+    (STATE, lambda t: text(b"not json"), {"damaged"}),
+    (STATE, lambda t: text(b"[1]"), {"damaged"}),
+    (STATE, lambda t: text(b"[" * 2000), {"damaged"}),
+    (STATE, lambda t: t.repeat(1000), {"limit", "damaged"}),
+    (STATE, state(blocksize=0), {"damaged", "unsupported"}),
+    (STATE, state(dtype="os"), {"damaged"}),
+    (STATE, state(shape=[1 << 40, 1 << 40]), {"damaged", "inconsistent", "limit"}),
+])  # fmt: skip
+def test_a_description_of_bitsandbytes_that_does_not_hold_is_refused(
+    tensor: str, change: Any, kinds: set[str], tmp_path: Path
+) -> None:
+    error = refused(altered(BNB, tmp_path / "m", {tensor: change}))
+    assert error.kind in kinds
+    assert Q in str(error)
+
+
+@needs_shared
+@line("QT12")
+def test_an_int8_zero_point_outside_the_codes_is_refused(tmp_path: Path) -> None:
+    """Six-bit codes one an int8: -32 ... 31."""
+    error = refused(altered("ct-llama-w6a16-asym-naive", tmp_path / "m", {f"{Q}.weight_zero_point": put(32)}))
+    assert error.kind == "damaged"
+    assert "-32 … 31" in error.wanted
+
+
+@needs_shared
+@line("QT12")
+def test_zero_points_of_weights_called_symmetric_count(tmp_path: Path) -> None:
+    """compressed-tensors says so; of Quark, whose symmetric files hold zeros too, only values could tell."""
+    asymmetric = "ct-qwen2-w4a16-asym-g128"
+    wanted = anybit.open(CHECKPOINTS / asymmetric).read(Q).dequantize()
+    checkpoint = read_all(altered(asymmetric, tmp_path / "m", quantization=groups_of(asymmetric, symmetric=True)))
+    assert torch.equal(checkpoint.read(Q).dequantize(), wanted)
+    assert "the tensors decide" in " ".join(checkpoint.layers[Q].notes)
+
+
+@needs_shared
+@line("QT12")
+def test_asymmetric_codes_without_zero_points_are_refused(tmp_path: Path) -> None:
+    error = refused(altered("ct-qwen2-w4a16-asym-g128", tmp_path / "m", {f"{Q}.weight_zero_point": None}))
+    assert error.kind == "inconsistent"
+    assert f"{Q}.weight_zero_point" in str(error)
+
+
+def twice() -> dict[str, Any]:
+    """The one group of the folder a second time."""
+    groups = groups_of(CT)["config_groups"]
+    return {"config_groups": groups | {"again": next(iter(groups.values()))}}
+
+
+@line("QT26")
+@pytest.mark.parametrize(("quantization", "words"), [
+    ({"ignore": ["lm_head", Q]}, "config.json ignores it, but it holds codes: the tensors decide"),
+    ({"ignore": ["lm_head", "lm_haed"]}, "ignored modules that are not there: lm_haed"),
+    ({"config_groups": {"none": {"targets": ["re:.*no_such_proj"], "weights": {"num_bits": 8}},
+                        **groups_of(CT)["config_groups"]}}, "targets that match no module: re:.*no_such_proj"),
+    (twice(), "several config groups target Linear"),
+], ids=["ignored-but-packed", "ignore-names-no-layer", "targets-match-nothing", "two-groups"])  # fmt: skip
+def test_rules_of_a_config_that_mean_nothing_or_two_things_are_said(
+    quantization: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    wanted = anybit.open(CHECKPOINTS / CT).read(Q).dequantize()
+    checkpoint = read_all(altered(CT, tmp_path / "m", quantization=quantization))
+    assert torch.equal(checkpoint.read(Q).dequantize(), wanted)
+    assert any(words in note for note in (*checkpoint.notes, *checkpoint.layers[Q].notes))
+
+
+@line("QT26")
+def test_a_plain_module_in_targets_and_ignore_is_unquantized(tmp_path: Path) -> None:
+    checkpoint = anybit.open(CHECKPOINTS / CT)
+    assert "lm_head" in checkpoint.config["quantization_config"]["ignore"]
+    assert not any(layer.scheme.is_quantized for name, layer in checkpoint.layers.items() if name == "lm_head")
+
+
+@line("QT01")
+@pytest.mark.parametrize("name", [CT_INT8, CT_FP8, NVFP4, FP8])
+def test_all_modules_that_lack_their_scales_are_named(name: str, tmp_path: Path) -> None:
+    modules = [f"model.layers.{n}.self_attn.{p}_proj" for n in (0, 1) for p in "qv"]
+    modules = [m for m in modules if m in anybit.open(CHECKPOINTS / name).layers]
+    error = refused(altered(name, tmp_path / "m", {f"{m}.weight_scale": None for m in modules}))
+    assert len(modules) > 1
+    assert all(module in str(error) for module in modules)
+
+
+LLAMA = "ct-llama-w8a8-int8-static"  # attention_bias false
+
+
+@needs_shared
+@line("QT21")
+@pytest.mark.parametrize(("value", "said"), [(0.0, False), (-0.5, True)])
+def test_a_bias_that_the_config_denies_is_said_unless_it_is_zero(value: float, said: bool, tmp_path: Path) -> None:
+    bias = torch.zeros(anybit.open(CHECKPOINTS / LLAMA).layers[Q].shape[0])
+    bias[3] = value
+    checkpoint = read_all(altered(LLAMA, tmp_path / "m", {f"{Q}.bias": bias.bfloat16()}))
+    assert checkpoint.config["attention_bias"] is False
+    remark = f"biases although config.json says attention_bias false, applied all the same: {Q}.bias"
+    assert (remark in checkpoint.notes) == said
+
+
+@line("CF10")
+def test_an_unknown_method_is_refused_with_all_that_are_known(tmp_path: Path) -> None:
+    error = refused(altered(CT, tmp_path / "m", quantization={"quant_method": "mxfp5"}))
+    assert error.kind == "unsupported"
+    assert error.wanted == ("one of: auto-round, awq, bitsandbytes, compressed-tensors, fbgemm_fp8, fp8, gptq, hqq, "
+                            "modelopt, mxfp4, mxfp8, quark, torchao")
+    assert "mxfp4" in error.remedy

@@ -18,6 +18,7 @@ from small_checkpoints import fp8_bytes, tensors_of, write
 
 from anybit.checkpoints.dialects import fp8 as dialect
 from anybit.errors import AnybitError, Damaged, Inconsistent, Unsupported
+from anybit.numerics.activations import quantize_dequantize
 from anybit.schemes import TENSOR
 from anybit.weights import QuantizedWeight
 from conftest import genuine, needs_shared
@@ -200,6 +201,23 @@ def test_trap_10_e8m0_0_is_small_and_255_is_refused(tmp_path: Path) -> None:
     got = weight(tmp_path, raw, named(weight=ones(1, 2), weight_scale_inv=e8m0([0])))
     assert got.dequantize().unique().tolist() == [2.0**-127]
     assert isinstance(refusal(tmp_path, raw, named(weight=ones(1, 2), weight_scale_inv=e8m0([255]))), Damaged)
+
+
+def test_trap_11_activations_beyond_the_largest_code_saturate(tmp_path: Path) -> None:
+    """Some releases of torch turn what is above 464 into NaN when they cast."""
+    tensors = named(weight=ones(1, 4), weight_scale=torch.tensor(1.0), input_scale=torch.tensor(1.0))
+    got = weight(tmp_path, config(activation_scheme="static"), tensors)
+    x = torch.tensor([[500.0, -500.0, float("inf"), 463.0]])
+    assert got.scheme.activation is not None
+    assert quantize_dequantize(x, got.scheme.activation, got.activation).tolist() == [[448.0, -448.0, 448.0, 448.0]]
+
+
+def test_every_module_without_its_scale_is_named(tmp_path: Path) -> None:
+    tensors = {f"model.layers.{n}.mlp.up_proj.weight": ones(4, 4) for n in range(3)}
+    with pytest.raises(Inconsistent) as refused:
+        dialect.declare(write(tmp_path, config(), tensors))
+    assert [refused.value.where, *refused.value.more] == ["model.layers.0.mlp.up_proj", *(
+        f"model.layers.{n}.mlp.up_proj.weight_scale_inv" for n in (1, 2))]
 
 
 def recipe(folder: Path, scale: torch.Tensor, **other: Any) -> tuple[str, int]:

@@ -51,25 +51,52 @@ def test_the_reference_kernel_stores_and_decodes_the_same_weight(name: str) -> N
             assert digest(stored.dequantize()) == wanted["sha256"], module
 
 
-def cuts(name: str) -> list[tuple[str, int]]:
-    return [(module, dim) for module in list(expected(name)["weights"])[:7] for dim in (-2, -1)]
+def cuts(name: str) -> list[tuple[str, int, int]]:
+    """(module, dimension, where) of cuts in two: outputs, inputs and experts, at a half and after one."""
+    shapes = {module: wanted["shape"] for module, wanted in list(expected(name)["weights"].items())[:7]}
+    return [(module, dim - len(shape), at) for module, shape in shapes.items() for dim, size in enumerate(shape)
+            for at in sorted({size // 2, 1} - {0, size})]
 
 
 @pytest.mark.parametrize("name", genuine(*READ))
 def test_cutting_then_dequantizing_equals_dequantizing_then_cutting(name: str) -> None:
     checkpoint = opened(name)
-    for module, dim in cuts(name):
-        weight = checkpoint.read(module)
-        whole = weight.dequantize()
-        half = whole.shape[dim] // 2
+    weights = {module: checkpoint.read(module) for module, _, _ in cuts(name)}
+    wholes = {module: weight.dequantize() for module, weight in weights.items()}
+    for module, dim, at in cuts(name):
+        weight, whole = weights[module], wholes[module]
         try:
-            parts = [weight.narrow(dim, 0, half), weight.narrow(dim, half, whole.shape[dim] - half)]
+            parts = [weight.narrow(dim, 0, at), weight.narrow(dim, at, whole.shape[dim] - at)]
         except anybit.AnybitError as refusal:
             assert refusal.kind == "unsupported"
-            assert refusal.found
+            assert refusal.found and refusal.wanted
             continue
         joined = torch.cat([part.dequantize() for part in parts], dim=dim)
-        assert torch.equal(joined, whole), (module, dim)
+        assert torch.equal(joined, whole), (module, dim, at)
+
+
+@pytest.mark.parametrize("name", [n for n in genuine(*READ) if any(len(w["shape"]) == 3 for w in expected(n)["weights"].values())])
+def test_a_stack_can_be_cut_into_its_experts(name: str) -> None:
+    """Whatever its format, one expert stands alone: none of its scales is another's."""
+    checkpoint = opened(name)
+    for module, wanted in expected(name)["weights"].items():
+        if len(wanted["shape"]) == 3:
+            weight = checkpoint.read(module)
+            whole = weight.dequantize()
+            for expert in range(len(whole)):
+                assert torch.equal(weight.narrow(0, expert, 1).dequantize()[0], whole[expert]), (module, expert)
+
+
+@pytest.mark.parametrize("name", genuine("ct-*", "modelopt-*", "autoround-*", "quark-*", "fp8-*", "fbgemm-*"))
+def test_every_weight_of_these_dialects_can_be_cut_between_its_outputs(name: str) -> None:
+    """At half the rows, as tensor parallelism cuts q, k, v, gate and up: refused only inside a block of rows."""
+    checkpoint = opened(name)
+    for module in list(expected(name)["weights"])[:7]:
+        weight = checkpoint.read(module)
+        rows = weight.dequantize().shape[-2]
+        blocks = [level.block[0] for level in checkpoint.layers[module].scheme.scales]
+        if all(block in (0, 1) or (rows // 2) % block == 0 for block in blocks):
+            assert weight.narrow(-2, 0, rows // 2).dequantize().shape[-2] == rows // 2, module
 
 
 def layers_with_values() -> list[str]:

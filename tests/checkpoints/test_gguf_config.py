@@ -15,7 +15,7 @@ import torch
 from anybit.checkpoints.contents import Contents
 from anybit.checkpoints.dialects import gguf as dialect
 from anybit.checkpoints.gguf import read_contents
-from anybit.checkpoints.gguf_config import rope_from_factors
+from anybit.checkpoints.gguf_rope import rope_from_factors
 from anybit.errors import AnybitError
 from checkpoints.gguf_writing import F32, STRING, U32, File, Tensor, array, llama, pair
 from conftest import CHECKPOINTS, expected, genuine
@@ -125,8 +125,11 @@ def test_trap_10_the_epsilon_is_the_float32_of_the_file(tmp_path: Path) -> None:
 def test_trap_10_head_dim_is_the_key_length(tmp_path: Path) -> None:
     assert config_of(tmp_path, llama())["head_dim"] == 32
     assert config_of(tmp_path, llama(more=[pair("llama.rope.dimension_count", U32, 16)]))["head_dim"] == 16
-    both = [pair("llama.attention.key_length", U32, 64), pair("llama.rope.dimension_count", U32, 16)]
+    both = [pair("llama.attention.key_length", U32, 64), pair("llama.rope.dimension_count", U32, 64)]
     assert config_of(tmp_path, llama(more=both))["head_dim"] == 64
+    unlike = [pair("llama.attention.key_length", U32, 64), pair("llama.rope.dimension_count", U32, 16)]
+    with pytest.raises(AnybitError, match="only a part of each head is turned"):  # llama.cpp: invalid n_rot
+        config_of(tmp_path, llama(more=unlike))
 
 
 def llama3_factors(head_dim: int, theta: float, factor: float, original: int) -> list[float]:
@@ -196,7 +199,7 @@ def test_trap_11_llama_with_experts_is_mixtral(tmp_path: Path) -> None:
     contents = read_contents(moe("llama").write(tmp_path / "m.gguf"))
     assert contents.config["model_type"] == "mixtral"
     assert contents.config["num_local_experts"] == 4
-    assert dialect.declare(contents)["model.layers.0.self_attn.q_proj"].storage["heads"] == 2
+    assert dialect.declare(contents)["model.layers.0.self_attn.q_proj"].storage["rows"] == (("half_split", 2),)
     check_filled(contents)
 
 
@@ -206,7 +209,7 @@ def test_llama_with_q_k_v_biases_alone_is_the_model_of_qwen2(tmp_path: Path) -> 
         file.tensors += [Tensor(f"blk.{n}.attn_{p}.bias", (rows,)) for p, rows in (("q", 64), ("k", 32), ("v", 32))]
     contents = read_contents(file.write(tmp_path / "m.gguf"))
     assert contents.config["model_type"] == "qwen2"
-    assert dialect.declare(contents)["model.layers.0.self_attn.k_proj"].storage["heads"] == 1  # still permuted
+    assert dialect.declare(contents)["model.layers.0.self_attn.k_proj"].storage["rows"] == (("half_split", 1),)  # still permuted
     check_filled(contents)
 
 

@@ -401,6 +401,28 @@ def test_two_files_that_disagree_are_refused(tmp_path: Path, here: dict[str, Any
         dialect.declare(write(tmp_path, here, {"a": torch.ones(1)}, there))
 
 
+def test_a_disagreement_about_unquantized_modules_shows_what_only_one_file_names(tmp_path: Path) -> None:
+    here, there = config("FP8", ignore=["lm_head", "model.b", "model.a"]), side("FP8", exclude_modules=["lm_head"])
+    with pytest.raises(Inconsistent) as refused:
+        dialect.declare(write(tmp_path, here, {"a": torch.ones(1)}, there))
+    assert refused.value.found == ("config.json: quantization_config: model.a, model.b · "
+                                   "hf_quant_config.json: quantization: nothing more")
+
+
+@pytest.mark.parametrize("size", [0, -2, "16", True])
+def test_a_group_size_that_is_none_is_refused(tmp_path: Path, size: Any) -> None:
+    with pytest.raises(Damaged, match="group_size has no sound value"):
+        dialect.declare(write(tmp_path, config("NVFP4"), {"a": torch.ones(1)}, side("NVFP4", group_size=size)))
+
+
+def test_every_module_without_its_scale_is_named(tmp_path: Path) -> None:
+    tensors = {f"model.layers.{n}.mlp.up_proj.weight": fp8_bytes(ONE, ONE) for n in range(3)}
+    with pytest.raises(Inconsistent) as refused:
+        dialect.declare(write(tmp_path, config("FP8"), tensors))
+    assert [refused.value.where, *refused.value.more] == [
+        "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj.weight_scale", "model.layers.2.mlp.up_proj.weight_scale"]
+
+
 @pytest.mark.parametrize(
     ("quantization", "tensors", "words_of_it"),
     [

@@ -267,11 +267,55 @@ def test_zero_points_of_symmetric_weights_make_no_offset(tmp_path: Path) -> None
     assert weight.dequantize().tolist() == [[-128.0, 127.0]]
 
 
-def test_symmetric_weights_with_zero_points_are_refused(tmp_path: Path) -> None:
-    tensors = module(weight=torch.zeros(1, 2, dtype=torch.int8), weight_scale=torch.ones(1),
-                     weight_zero_point=torch.ones(1, dtype=torch.int8))
-    with pytest.raises(Inconsistent, match="zero points of a symmetric weight"):
-        read(tmp_path, config(channel("int8", symmetric=True)), tensors)
+def test_zero_points_of_symmetric_weights_count_where_they_are_not_zero(tmp_path: Path) -> None:
+    """As Quark's own importer counts them: (q - z) * s always."""
+    tensors = module(weight=torch.tensor([[0, 5], [0, 5]], dtype=torch.int8), weight_scale=torch.ones(2),
+                     weight_zero_point=torch.tensor([0, 1], dtype=torch.int8))
+    weight = read(tmp_path, config(channel("int8", symmetric=True)), tensors)
+    assert weight.dequantize().tolist() == [[0.0, 5.0], [-1.0, 4.0]]
+    assert weight.scheme.offset is not None
+
+
+def test_packed_zero_points_of_symmetric_groups_count_where_they_are_not_zero(tmp_path: Path) -> None:
+    tensors = module(weight=torch.full((2, 1), 0x21, dtype=torch.int32), weight_scale=torch.ones(1, 8),
+                     weight_zero_point=torch.tensor([[0xF]], dtype=torch.int32))
+    weight = read(tmp_path, config(groups("int4", 2, symmetric=True), export=export(pack_method="order")), tensors)
+    assert weight.dequantize()[:3].tolist() == [[2.0, 2.0], [2.0, 2.0], [0.0, 0.0]]  # row 0: 1 - (-1)
+
+
+def test_the_second_scale_is_always_applied(tmp_path: Path) -> None:
+    """Trap 6: transformers 5.16 drops weight_scale_2 of NVFP4 files."""
+    stages = [groups("fp4", 16, scale_format="float32"), spec("fp8_e4m3", is_scale_quant=True)]
+    tensors = module(weight=torch.full((1, 8), 0x22, dtype=torch.uint8), weight_scale=fp8_bytes(0x38),
+                     weight_scale_2=torch.tensor(0.25))
+    assert read(tmp_path, config(stages), tensors).dequantize().tolist() == [[0.25] * 16]
+
+
+def test_the_canonical_form_is_that_of_e4m3fn_on_every_chip(tmp_path: Path) -> None:
+    """Trap 18: neither code 80 nor the scale is changed for fnuz hardware."""
+    weight = read(tmp_path, config(spec("fp8_e4m3")), module(weight=fp8_bytes(0x80, 0x38), weight_scale=torch.tensor(0.5)))
+    assert weight.codes.tolist() == [[0x80, 0x38]]
+    assert weight.scales[0].tolist() == [[0.5]]
+    assert torch.signbit(weight.dequantize()).tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_weight_whose_dtype_is_a_wide_float_is_unquantized_and_its_scale_of_one_unused(
+    tmp_path: Path, dtype: str
+) -> None:
+    tensors = module(weight=torch.ones(1, 2, dtype=torch.bfloat16), weight_scale=torch.ones(1))
+    layer = dialect.declare(write(tmp_path, config(spec(dtype, qscheme=None)), tensors))[M]
+    assert not layer.scheme.is_quantized
+    assert layer.tensors["unused_scale"] == f"{M}.weight_scale"
+    assert layer.notes == ("its dtype is a wide float: the scale beside it is not used",)
+
+
+def test_every_module_without_its_scale_is_named(tmp_path: Path) -> None:
+    tensors = {f"model.layers.{n}.mlp.up_proj.weight": fp8_bytes(0x38, 0x38) for n in range(3)}
+    with pytest.raises(Inconsistent) as refused:
+        dialect.declare(write(tmp_path, config(spec("fp8_e4m3")), tensors))
+    assert [refused.value.where, *refused.value.more] == [
+        "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj.weight_scale", "model.layers.2.mlp.up_proj.weight_scale"]
 
 
 def test_asymmetric_int8_weights_subtract_their_zero_points(tmp_path: Path) -> None:

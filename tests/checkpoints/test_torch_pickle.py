@@ -90,6 +90,23 @@ def test_both_native_layouts_are_read(tmp_path: Path, is_nested: bool, dtype: to
     assert torch.equal(checkpoint.read("norm").dequantize(), torch.arange(6.0).view(2, 3))
 
 
+def test_trap_8_of_hqq_meta_is_nested_zeros_are_codes_under_one_scale_and_the_bias_is_none(tmp_path: Path) -> None:
+    modules, _ = native(is_nested=True, dtype=torch.float16)
+    words, meta = modules[M]["W_q"], modules[M]["meta"]
+    zero_codes = torch.randint(0, 256, (32, 1), generator=GENERATOR, dtype=torch.uint8)
+    step, middle = torch.tensor(0.0625, dtype=torch.float16), torch.tensor(3.5, dtype=torch.float16)
+    del meta["zero"]
+    meta |= {"quant_zero": True, "zero_q": zero_codes, "meta_zero": {
+        "nbits": 8, "group_size": None, "shape": torch.Size([32, 1]), "scale": step, "zero": middle, "axis": 0,
+        "packing": "8bit_u8", "unpack_view_dtype": torch.uint8, "view_as_float": False, "channel_wise": False,
+        "quant_scale": False, "quant_zero": False, "compute_dtype": torch.float16}}
+    weight = anybit.open(folder_with(tmp_path, saved(modules))).read(M)
+    zero = (zero_codes.float() - 3.5) * 0.0625
+    codes = torch.cat((words >> 4, words & 15)).float()
+    assert torch.equal(weight.dequantize(), ((codes - zero) * meta["scale"].float()).view(16, 64))
+    assert weight.bias is None
+
+
 def test_of_zeros_and_scales_in_one_tensor_the_zeros_are_first(tmp_path: Path) -> None:
     modules, _ = native(is_nested=True)
     meta = modules[M]["meta"]

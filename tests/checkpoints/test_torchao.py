@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import anybit
 from anybit.checkpoints.dialects._shared.torchao_tensors import unswizzle, untile
 from anybit.errors import AnybitError
+from anybit.numerics.activations import quantize_dequantize
 from anybit.weights import QuantizedWeight
 from conftest import CHECKPOINTS, digest, expected, genuine, needs_shared
 
@@ -227,6 +228,125 @@ def test_static_activations_take_the_stored_scale(tmp_path: Path) -> None:
     assert (weight.scheme.activation.dynamic, weight.activation["scale"].tolist()) == (False, [0.5])
 
 
+MX_KWARGS = {"elem_dtype": enum("torch.dtype", "float4_e2m1fn_x2"), "block_size": 32, "is_swizzled_scales": True}
+
+
+# scale = 2^(floor(log2 v) - 2), 2^(ceil(log2 v) - 2), v rounded to two significant bits first, 2^ceil(log2(v / 6))
+@pytest.mark.parametrize(("mode", "largest", "value"), [
+    ("FLOOR", 3.9, 3.0), ("CEIL", 3.9, 4.0), ("EVEN", 3.9, 4.0), ("RCEIL", 3.9, 4.0),
+    ("FLOOR", 3.2, 3.0), ("CEIL", 3.2, 3.0), ("EVEN", 3.2, 3.0), ("RCEIL", 3.2, 3.0),
+    ("FLOOR", 2.6, 3.0), ("CEIL", 2.6, 3.0), ("EVEN", 2.6, 3.0), ("RCEIL", 2.6, 3.0),
+    ("FLOOR", 2.2, 2.0), ("CEIL", 2.2, 2.0), ("EVEN", 2.2, 2.0), ("RCEIL", 2.2, 2.0),
+])
+def test_the_scaling_mode_of_mx_activations_is_carried_out(
+    tmp_path: Path, mode: str, largest: float, value: float
+) -> None:
+    kwargs = {"_type": "QuantizeTensorToMXKwargs", "_data": {**MX_KWARGS, "scaling_mode": enum("S", mode)}}
+    data = {"elem_dtype": enum("torch.dtype", "float4_e2m1fn_x2"), "block_size": 32, "is_swizzled_scales": False,
+            "act_quant_kwargs": kwargs}
+    pieces = {"qdata": torch.zeros(4, 32, dtype=torch.uint8), "scale": torch.full((4, 2), 127, dtype=torch.uint8)}
+    activation = weight_of(tmp_path, "MXTensor", data, pieces).scheme.activation
+    assert activation is not None
+    x = torch.zeros(1, 64)
+    x[0, 3] = largest
+    assert quantize_dequantize(x, activation)[0, 3] == value
+
+
+def int8_arguments(mapping: str, *, reduce_range: bool, granularity: Any = ROW) -> dict[str, Any]:
+    arguments = {"granularity": granularity, "mapping_type": enum("MappingType", mapping), "reduce_range": reduce_range}
+    return {"_type": "QuantizeTensorToInt8Kwargs", "_data": arguments}
+
+
+def test_a_reduced_range_of_asymmetric_activations_has_127_steps_from_minus_64(tmp_path: Path) -> None:
+    weight = weight_of(tmp_path, "Int8Tensor", *int8(act_quant_kwargs=int8_arguments("ASYMMETRIC", reduce_range=True)))
+    assert weight.scheme.activation is not None
+    x = torch.zeros(1, 64)
+    x[0, :3] = torch.tensor([-1.0, 126.0, 0.4])  # a step of 1, zero point -64 - round(-1) = -63
+    assert quantize_dequantize(x, weight.scheme.activation)[0, :4].tolist() == [-1.0, 126.0, 0.0, 0.0]
+
+
+def test_static_activations_of_a_reduced_range_saturate_at_63(tmp_path: Path) -> None:
+    arguments = int8_arguments("SYMMETRIC", reduce_range=True, granularity={"_type": "PerTensor", "_data": {}})
+    data, pieces = int8(act_quant_kwargs=arguments)
+    weight = weight_of(tmp_path, "Int8Tensor", data, {**pieces, "act_quant_scale": torch.tensor([[0.5]])})
+    assert weight.scheme.activation is not None
+    x = torch.tensor([[100.0, -100.0, 1.3, *[0.0] * 61]])
+    assert quantize_dequantize(x, weight.scheme.activation, weight.activation)[0, :3].tolist() == [31.5, -32.0, 1.5]
+
+
+def test_bounds_of_fp8_activations_act_on_the_row_maximum(tmp_path: Path) -> None:
+    codes = torch.ones(4, 64).to(torch.float8_e4m3fn)
+    arguments = {"float8_dtype": enum("torch.dtype", "float8_e4m3fn"), "granularity": ROW, "hp_value_lb": 448.0,
+                 "hp_value_ub": 896.0}
+    data = {"block_size": [1, 64], "act_quant_kwargs": {"_type": "QuantizeTensorToFloat8Kwargs", "_data": arguments}}
+    weight = weight_of(tmp_path, "Float8Tensor", data, {"qdata": codes, "scale": torch.ones(4, 1)})
+    assert weight.scheme.activation is not None
+    x = torch.zeros(2, 64)
+    x[0, 0], x[1, 0], x[1, 1] = 0.3, 5000.0, 896.0
+    found = quantize_dequantize(x, weight.scheme.activation, weight.activation)
+    assert found[0, 0] == 0.3125  # a scale of 1, not of 0.3 / 448: three bits of mantissa
+    assert found[1, :2].tolist() == [896.0, 896.0]  # a scale of 2: 5000 saturates
+
+
+def test_e5m2_activations_reach_57344(tmp_path: Path) -> None:
+    arguments = {"float8_dtype": enum("torch.dtype", "float8_e5m2"), "granularity": ROW}
+    data = {"block_size": [1, 64], "act_quant_kwargs": {"_type": "QuantizeTensorToFloat8Kwargs", "_data": arguments}}
+    pieces = {"qdata": torch.ones(4, 64).to(torch.float8_e5m2), "scale": torch.ones(4, 1)}
+    activation = weight_of(tmp_path, "Float8Tensor", data, pieces).scheme.activation
+    assert activation is not None
+    x = torch.zeros(1, 64)
+    x[0, 0], x[0, 1] = 57344.0, 1.1  # a scale of 1: 1.1 is 1 with two bits of mantissa
+    assert quantize_dequantize(x, activation)[0, :2].tolist() == [57344.0, 1.0]
+
+
+@pytest.mark.parametrize(("kwargs", "pieces", "value"), [
+    ({"use_dynamic_per_tensor_scale": True}, {}, 1.0),  # s2 = 1 / 2688, so the block's scale is 448: exact
+    ({"use_dynamic_per_tensor_scale": False}, {}, 1.03125),  # the block's scale is e4m3(1/6) = 0.171875, times 6
+    ({"use_dynamic_per_tensor_scale": False}, {"act_per_tensor_scale": torch.tensor(0.25)}, 1.03125),
+])
+def test_nvfp4_activations_are_under_a_scale_of_the_call_a_stored_one_or_none(
+    tmp_path: Path, kwargs: dict[str, Any], pieces: Tensors, value: float
+) -> None:
+    stored = {"qdata": torch.zeros(4, 32, dtype=torch.uint8), "scale": torch.ones(4, 4).to(torch.float8_e4m3fn),
+              "per_tensor_scale": torch.tensor(0.5), **pieces}
+    data = {"block_size": 16, "is_swizzled_scales": False,
+            "act_quant_kwargs": {"_type": "QuantizeTensorToNVFP4Kwargs", "_data": kwargs}}
+    weight = weight_of(tmp_path, "NVFP4Tensor", data, stored)
+    assert weight.scheme.activation is not None
+    x = torch.zeros(1, 64)
+    x[0, 0] = 1.0
+    assert float(quantize_dequantize(x, weight.scheme.activation, weight.activation)[0, 0]) == pytest.approx(value, 1e-6)
+
+
+def test_the_names_of_torchao_0_14_are_read(tmp_path: Path) -> None:
+    data, pieces = int8()
+    told = {"_type": "Int8Tensor", "_data": data}  # without _tensor_data_names
+    stored = {f"{M}.weight:{piece}": tensor for piece, tensor in pieces.items()}
+    stored |= {f"{M}.bias:_data": torch.arange(4.0), "model.norm.weight:_data": torch.ones(64)}
+    metadata = {f"{M}.weight": json.dumps(told), f"{M}.bias": '{"_type": "Tensor"}', "format": "pt",
+                "model.norm.weight": '{"_type": "Tensor"}'}
+    metadata["tensor_names"] = json.dumps([name for name in metadata if name != "format"])
+    save_file(stored, tmp_path / "model.safetensors", metadata)
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "torchao", "quant_type": {"default": {}}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = anybit.open(tmp_path)
+    weight = checkpoint.read(M)
+    assert torch.equal(weight.dequantize(), CODES.float() * pieces["scale"])
+    assert weight.bias is not None
+    assert weight.bias.tolist() == [0, 1, 2, 3]
+    assert torch.equal(checkpoint.read_plain("model.norm.weight"), torch.ones(64))
+    assert checkpoint.has_new_names
+
+
+def test_a_tensor_under_an_old_and_a_new_name_is_refused(tmp_path: Path) -> None:
+    data, pieces = int8()
+    folder = folder_of(tmp_path, "Int8Tensor", data, pieces)
+    save_file({f"{M}.weight:scale": pieces["scale"]}, folder / "m-9.safetensors", {"format": "pt"})
+    with pytest.raises(AnybitError) as caught:
+        anybit.open(folder)
+    assert (caught.value.kind, caught.value.where) == ("inconsistent", f"{M}.weight:scale")
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["AffineQuantizedTensor", "Int4PlainInt32Tensor", "Int4PreshuffledTensor", "os.system"])
@@ -243,6 +363,12 @@ def test_other_classes_are_refused_by_name(tmp_path: Path, kind: str) -> None:
 def test_attributes_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any], kind: str) -> None:
     data, pieces = int8()
     assert refusal(tmp_path, "Int8Tensor", {**data, **change}, pieces).kind == kind
+
+
+def test_a_static_scale_for_each_token_is_refused(tmp_path: Path) -> None:
+    data, pieces = int8(act_quant_kwargs=int8_arguments("SYMMETRIC", reduce_range=False))
+    error = refusal(tmp_path, "Int8Tensor", data, {**pieces, "act_quant_scale": torch.ones(7, 1)})
+    assert (error.kind, error.found) == ("unsupported", "[7, 1]")
 
 
 @pytest.mark.parametrize("piece", ["qdata", "scale"])

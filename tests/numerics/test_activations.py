@@ -47,9 +47,11 @@ SPECS = {
         group("fp8_group", E4M3, 128), group("fp8_group_divide", E4M3, 128), group("fp8_group_ue8m0", E4M3, 128),
         group("mxfp4_even", FP4, 32), group("mxfp8_log2", E4M3, 32), group("mx_even", "fp6_e3m2", 32),
         group("mx_floor", FP4, 32), group("mx_ceil", FP4, 32), group("mx_floor_autoround", FP4, 32),
-        group("mx_rceil_torchao", E4M3, 32),
+        group("mx_rceil", FP4, 32), group("mx_rceil_torchao", E4M3, 32),
+        group("mx_floor_torchao", FP4, 32), group("mx_ceil_torchao", FP4, 32), group("mx_even_torchao", FP4, 32),
         group("nvfp4", FP4, 16), group("nvfp4_reciprocal", FP4, 16), group("nvfp4_token", FP4, 16),
         group("torchao_nvfp4", FP4, 16), group("amdfp4", FP4, 16),
+        group("fp4_ue5m3_autoround", FP4, 16),
     )
 }  # fmt: skip
 STATIC = {
@@ -88,7 +90,8 @@ COARSE = {"int4_group": 0.12, "fp6_e3m2": 0.06, FP4: 0.14, E4M3: 0.035, "int8": 
 def test_values_stay_close_to_x(recipe: str) -> None:
     x = inputs()
     error = (run(recipe, x) - x).norm() / x.norm()
-    bound = {"int8_static": 0.1, "int8_static_divide": 0.1, "int8_static_output": 0.1, "mx_ceil": 0.2}.get(
+    bound = {"int8_static": 0.1, "int8_static_divide": 0.1, "int8_static_output": 0.1, "mx_ceil": 0.2,
+             "mx_ceil_torchao": 0.2}.get(
         recipe, COARSE.get(recipe, COARSE.get(SPECS[recipe].element, 0.0))
     )
     assert 0 < error < bound

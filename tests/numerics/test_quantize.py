@@ -28,9 +28,10 @@ def test_nan_and_infinity_are_damage_not_codes(rule: str, value: float) -> None:
     assert caught.value.found == "1 of 1536 elements"
 
 
+@pytest.mark.parametrize("rows", [257, 300])  # the last slab: a row, or 44
 @pytest.mark.parametrize("rule", WEIGHT_RULES)
-def test_slabs_give_what_the_whole_gives(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    w = weight(300)
+def test_slabs_give_what_the_whole_gives(rule: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = weight(rows)
     whole = quantize_weight(rule, w)
     monkeypatch.setattr(module, "SLAB", 1)  # 128 rows at a time
     slabs = quantize_weight(rule, w)

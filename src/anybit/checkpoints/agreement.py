@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from anybit.checkpoints.contents import JSON, Contents
+from anybit.checkpoints.dialects._shared import kv_scales
+from anybit.checkpoints.dialects._shared.small_tensors import MOST_BYTES, SmallTensors
 from anybit.errors import Inconsistent
 
 if TYPE_CHECKING:
@@ -200,9 +202,29 @@ def remark_on_leftovers(checkpoint: Checkpoint) -> tuple[str, ...]:
         _counted(strangers, "tensors beside a quantized layer that it does not use"),
     ]
     cache = checkpoint.kv_cache
-    if cache is not None:
-        half = [f"{name}.{'kv'[pair.index('')]}" for name, pair in cache.scales.items() if pair.count("") == 1]
-        remarks.append(_counted(half, "missing scales of the key-value cache, taken as 1.0"))
+    remarks += kv_scales.remarks(cache) if cache is not None else ()
+    return tuple(remark for remark in remarks if remark)
+
+
+# key of config.json that says false -> part of the module names whose layers it means
+_BIAS_KEYS: Final[Mapping[str, str]] = {"attention_bias": ".self_attn.", "mlp_bias": ".mlp."}
+
+
+def remark_on_biases(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Remarks on biases, not all zero, of layers that have none by config.json; they count. Some tools store zeros.
+
+    A bias too large for a small tensor is taken for one with numbers in it.
+    """
+    remarks = []
+    for key, part in _BIAS_KEYS.items():
+        if checkpoint.config.get(key) is not False or checkpoint.contents.gguf is not None:
+            continue
+        names = (layer.tensors["bias"] for name, layer in checkpoint.layers.items()
+                 if layer.has_bias and part in f".{name}." and ".experts." not in name)
+        with SmallTensors() as small:
+            infos = [checkpoint.contents.tensors[name] for name in names]
+            biases = [info.name for info in infos if info.nbytes > MOST_BYTES or any(small.raw(info))]
+        remarks.append(_counted(biases, f"biases although config.json says {key} false, applied all the same"))
     return tuple(remark for remark in remarks if remark)
 
 

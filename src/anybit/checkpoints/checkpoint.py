@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from anybit.checkpoints.contents import Contents
 from anybit.checkpoints.dialects import Dialect
+from anybit.checkpoints.dialects._shared.kv_scales import companions, read_scales
 from anybit.errors import AnybitError, Inconsistent
 from anybit.schemes import KVCacheSpec, Layer
 
@@ -36,6 +37,7 @@ class Checkpoint:
     config    the model's config.json (for GGUF: made from the metadata)
     plain     name for the host -> stored name, of tensors that belong to no layer
     notes     remarks for a reader of `inspect`
+    has_new_names  tensors go by other names than in the files: a host that reads those itself does not find them
     """
 
     def __init__(self, contents: Contents, dialect: Dialect, read_tensor: Reader, notes: tuple[str, ...] = ()) -> None:
@@ -47,6 +49,7 @@ class Checkpoint:
         self.layers: Mapping[str, Layer] = MappingProxyType(dialect.declare(contents))
         self._dialect = dialect
         self._read_tensor = read_tensor
+        self.has_new_names = False
         remarks = getattr(dialect, "notes", None)
         self.notes = (*notes, *(remarks(contents) if remarks is not None else ()))
         self.plain: Mapping[str, str] = MappingProxyType(self._plain())
@@ -59,7 +62,7 @@ class Checkpoint:
         used = {tensor for layer in self.layers.values() for tensor in layer.tensors.values()}
         cache = self.kv_cache
         if cache is not None:
-            used |= {tensor for pair in cache.scales.values() for tensor in pair}
+            used |= {tensor for pair in cache.scales.values() for tensor in pair} | companions(self.contents, cache)
         return {name: name for name in self.contents.tensors if name not in used}
 
     @property
@@ -104,7 +107,19 @@ class Checkpoint:
         """The tensor of `plain` called so by the host. Raises Inconsistent for a name that is not in `plain`."""
         if name not in self.plain:
             raise _unknown(name, self.plain, "tensor outside the layers")
-        return self._read_tensor(self.contents.tensors[self.plain[name]])
+        stored = self.plain[name]
+        tensor = self._read_tensor(self.contents.tensors[stored])
+        adjust = getattr(self._dialect, "adjust_plain", None)  # a dialect whose files hold them in another form
+        adjusted: Tensor = tensor if adjust is None else adjust(self.contents, name, stored, tensor)
+        return adjusted
+
+    def read_kv_scales(self) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        """Attention module -> checked scales of keys and values, float32 [1] or [heads]; None where one is missing.
+
+        Empty without a declared cache. Raises Damaged, naming the tensor, for scales that cannot be scales.
+        """
+        cache = self.kv_cache
+        return {} if cache is None else read_scales(cache, lambda name: self._read_tensor(self.contents.tensors[name]))
 
     def demand_loadable(self) -> None:
         """Raise if running the model would need code of the checkpoint, or if it is no model that can run."""

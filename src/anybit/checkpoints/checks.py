@@ -5,6 +5,7 @@ Header checks are torch-free; checks of values import torch when called.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -21,15 +22,27 @@ def need(contents: Contents, name: str, for_module: str) -> TensorInfo:
     """The tensor called `name`, which a quantized module cannot do without. Raises Inconsistent if it is absent."""
     info = contents.tensors.get(name)
     if info is None:
-        near = get_close_matches(name, [t for t in contents.tensors if t.startswith(for_module)], n=2)
-        raise Inconsistent(
-            "a tensor of a quantized layer is missing",
-            where=for_module,
-            found="no " + name + (f"; near: {', '.join(near)}" if near else ""),
-            wanted=name,
-            remedy="the checkpoint is incomplete: download it again",
-        )
+        raise _missing(contents, name, for_module, ())
     return info
+
+
+def need_all(contents: Contents, names: Iterable[str]) -> None:
+    """Raise Inconsistent, naming every one, if tensors `MODULE.LEAF` that layers cannot do without are absent."""
+    absent = [name for name in names if name not in contents.tensors]
+    if absent:
+        raise _missing(contents, absent[0], absent[0].rpartition(".")[0], absent[1:])
+
+
+def _missing(contents: Contents, name: str, for_module: str, more: Sequence[str]) -> Inconsistent:
+    near = get_close_matches(name, [t for t in contents.tensors if t.startswith(for_module)], n=2)
+    return Inconsistent(
+        "a tensor of a quantized layer is missing",
+        where=for_module,
+        found="no " + name + (f"; near: {', '.join(near)}" if near else ""),
+        wanted=name,
+        remedy="the checkpoint is incomplete: download it again",
+        more=more,
+    )
 
 
 def expect_dtype(info: TensorInfo, *wanted: str) -> None:

@@ -70,12 +70,14 @@ def read_contents(path: Path) -> Contents:
         raise LimitExceeded("too many tensors", where=parts[0].path.name, found=f"{len(tensors):,}",
                             wanted=f"at most {MAX_TENSORS:,} (MAX_TENSORS)")
     metadata = parts[0].header.metadata
-    said = [remark for part in parts for remark in part.remarks]
+    said = {"remarks": [remark for part in parts for remark in part.remarks]}
+    config, unasked = config_from_metadata(metadata, tensors, parts[0].path.name, _read_floats)
+    said["unasked_keys"] = list(unasked)
     return Contents(
         path=parts[0].path,
-        config=config_from_metadata(metadata, tensors, parts[0].path.name, _read_floats),
+        config=config,
         tensors=tensors,
-        metadata={"remarks": "\n".join(said)} if said else {},
+        metadata={name: "\n".join(lines) for name, lines in said.items() if lines},
         gguf=metadata,
     )
 

@@ -21,9 +21,13 @@ NORMAL: Final = 1
 UNKNOWN: Final = 2
 CONTROL: Final = 3
 USER_DEFINED: Final = 4
+UNUSED: Final = 5
 BYTE: Final = 6
 _TYPES: Final = range(7)  # 0 undefined, 5 unused
-_MODELS: Final = ("gpt2", "llama")
+_MODELS: Final = ("gpt2", "llama", "t5", "gemma4")
+_WITH_MERGES: Final = ("gpt2", "gemma4")
+# ids that llama.cpp takes where a file names none
+_DEFAULT_IDS: Final[Mapping[str, Mapping[str, int]]] = {"t5": {"eos": 1, "unk": 2, "pad": 0}}
 _BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _IDS: Final = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
@@ -32,11 +36,14 @@ _IDS: Final = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 class TokenizerData:
     """The metadata under `tokenizer.`, one value a field.
 
-    model    gpt2 (byte-level BPE with `merges`) or llama (sentencepiece BPE with `scores`)
+    model    gpt2 (byte-level BPE with `merges`), llama (sentencepiece BPE with `scores`), t5 (unigram with `scores`)
+             or gemma4 (BPE with `merges` over sentencepiece's alphabet)
     pre      which regular expressions split the text (gpt2)
     types    of each token: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte
     special  bos, eos, unk, pad -> id, those that the file names
-    add_bos, add_eos, add_space_prefix  None where the file does not say
+    add_bos, add_eos, add_space_prefix, remove_extra_whitespaces  None where the file does not say
+    charsmap  sentencepiece's compiled normalization, empty where the file has none
+    is_phi3   control tokens swallow the space after them: llama.cpp decides so by the model's name
     """
 
     model: str
@@ -49,6 +56,9 @@ class TokenizerData:
     add_bos: bool | None
     add_eos: bool | None
     add_space_prefix: bool | None
+    remove_extra_whitespaces: bool | None
+    charsmap: bytes
+    is_phi3: bool
     chat_template: str | None
     context_length: int | None
 
@@ -56,7 +66,8 @@ class TokenizerData:
 def tokenizer_data(contents: Contents) -> TokenizerData:
     """The tokenizer of a GGUF file.
 
-    Raises Unsupported for models other than BPE, Inconsistent or LimitExceeded where its parts do not fit together.
+    Raises Unsupported for models other than BPE and unigram, Inconsistent or LimitExceeded where its parts do not fit
+    together.
     """
     keys = _Keys(contents)
     model = keys.word("tokenizer.ggml.model")
@@ -80,11 +91,14 @@ def tokenizer_data(contents: Contents) -> TokenizerData:
         tokens=tokens,
         types=types,
         scores=keys.numbers("tokenizer.ggml.scores", len(tokens), 0.0),
-        merges=_merges(keys) if model == "gpt2" else [],
-        special=_special(keys, len(tokens)),
+        merges=_merges(keys) if model in _WITH_MERGES else [],
+        special={**_DEFAULT_IDS.get(model, {}), **_special(keys, len(tokens))},
         add_bos=keys.flag("tokenizer.ggml.add_bos_token"),
         add_eos=keys.flag("tokenizer.ggml.add_eos_token"),
         add_space_prefix=keys.flag("tokenizer.ggml.add_space_prefix"),
+        remove_extra_whitespaces=keys.flag("tokenizer.ggml.remove_extra_whitespaces"),
+        charsmap=_charsmap(keys) if model == "t5" else b"",
+        is_phi3=any(name in (keys.word("general.name") or "").lower() for name in ("phi-3", "phi3")),
         chat_template=keys.word("tokenizer.chat_template"),
         context_length=context if isinstance(context, int) else None,
     )
@@ -165,6 +179,17 @@ def _special(keys: _Keys, count: int) -> dict[str, int]:
                                wanted=f"0 … {count - 1:,}")
         special[name] = found
     return special
+
+
+def _charsmap(keys: _Keys) -> bytes:
+    """sentencepiece's precompiled_charsmap, written as an array of bytes."""
+    key = "tokenizer.ggml.precompiled_charsmap"
+    array = keys.get(key, GgufArray, "list")
+    if array is None:
+        return b""
+    if array.is_strings or any(not isinstance(v, int) or not -128 <= v <= 255 for v in array.values):
+        raise Inconsistent(f"{key} is no list of bytes", where=keys.where, wanted="numbers from 0 to 255")
+    return bytes(v & 0xFF for v in array.values)
 
 
 def _merges(keys: _Keys) -> list[tuple[str, str]]:

@@ -20,6 +20,8 @@ _LIMIT_NAMES: Final = {limits.MAX_CONFIG_JSON: "MAX_CONFIG_JSON", limits.MAX_IND
 # a string, closed or running to the end of the text; possessive, so that no input makes it go back
 _STRING: Final = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _BRACKET: Final = re.compile(r"[{}\[\]]")
+_DIGITS_AS_0: Final = bytes(ord("0") if chr(byte).isdecimal() and byte < 128 else byte for byte in range(256))
+_LONG_INTEGER: Final = b"0" * (limits.MAX_INT_DIGITS + 1)
 
 
 def read_json(path: Path, *, limit: int = limits.MAX_CONFIG_JSON) -> dict[str, Any]:
@@ -88,7 +90,9 @@ def parse_json(raw: bytes, name: str) -> dict[str, Any]:
                       wanted="JSON in UTF-8", remedy="download the file again") from error
     _refuse_depth(text, name)
     try:
-        found = json.loads(text, object_pairs_hook=_unique(name), parse_int=_integer(name), parse_constant=_constant)
+        # a header has four integers a tensor: they are measured one by one only where one is too long
+        limited = _integer(name) if _LONG_INTEGER in raw.translate(_DIGITS_AS_0) else None
+        found = json.loads(text, object_pairs_hook=_unique(name), parse_int=limited, parse_constant=_constant)
     except json.JSONDecodeError as error:
         raise Damaged(
             "not valid JSON", where=name, found=f"{error.msg}: line {error.lineno} column {error.colno}",

@@ -1,131 +1,78 @@
-"""`--quantization NAME`: unquantized layers quantized while loading, without calibration data.
+"""`--quantization`: layers quantized while loading, without calibration data, one at a time.
 
-The table is torch-free: planning asks `scheme_of` from headers alone, the hosts call the quantizer with each weight as
-it is read. Activations of a scheme are dynamic and by row: what a token gets does not depend on its batch.
-Arithmetic: `numerics/quantize.py` (weights), `numerics/activations.py`. Names that vLLM has too mean the same.
+Torch-free until a weight comes: planning asks `scheme_of` from headers alone, the hosts call the quantizer with each
+weight as it is read. What names mean stands in `online_schemes.py`, what rules mean in `online_rules.py`, how they are
+written in `online_text.py`; here is which layers stay as they are, and the quantizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from anybit.checkpoints.online_rules import Match, Matcher, Online, is_expert, near_rules
+from anybit.checkpoints.online_schemes import ALIASES, ONLINE, OnlineScheme, online_scheme
+from anybit.checkpoints.online_text import Quantization, online, online_list
 from anybit.errors import AnybitError, Unsupported
-from anybit.schemes import CHANNEL, TENSOR, ActivationSpec, Layer, Offset, ScaleLevel, Scheme, group
+from anybit.schemes import Layer, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from anybit.numerics.packing import PackedCodes
     from anybit.weights import Dense, QuantizedWeight
 
-__all__ = ["ONLINE", "OnlineQuantizer", "OnlineScheme", "applies_to", "quantize", "quantizer", "why_not"]
+__all__ = [
+    "ALIASES", "ONLINE", "Online", "OnlineQuantizer", "OnlineScheme", "Quantization", "applies_to", "online",
+    "online_list", "quantize", "quantizer", "why_not",
+]  # fmt: skip
 
 # Layers that stay as they are: small, and what they decide is discrete (a token, an expert)
 HEADS: Final = frozenset({"lm_head", "embed_out", "output_layer", "score"})
 ROUTERS: Final = frozenset({"gate", "router", "wg", "shared_expert_gate"})
 
 
-@dataclass(frozen=True)
-class OnlineScheme:
-    """One name of --quantization: the scheme that a layer gets, by a rule of `numerics.quantize.WEIGHT_RULES`."""
-
-    scheme: Scheme
-    summary: str
-    rule: str
-
-    @property
-    def group_size(self) -> int:
-        """What K must be a multiple of."""
-        level = self.scheme.scales[0]
-        if level.block[0] != 1 or self.scheme.element in ("int4", "uint4"):
-            return 1  # the last block, or integer group, may be short
-        return level.block[1] or 1
-
-
-def _token(element: str, recipe: str, *, symmetric: bool = True) -> ActivationSpec:
-    return ActivationSpec(element, True, "token", recipe, symmetric=symmetric)
-
-
-def _group(element: str, recipe: str, size: int) -> ActivationSpec:
-    return ActivationSpec(element, True, "group", recipe, group_size=size)
-
-
-def _mx(element: str, recipe: str) -> Scheme:
-    return Scheme(element, (ScaleLevel("e8m0", group(32)),), activation=_group(element, recipe, 32))
-
-
-def _fp8(block: tuple[int, int], activation: ActivationSpec) -> Scheme:
-    return Scheme("fp8_e4m3fn", (ScaleLevel("float32", block),), activation=activation)
-
-
-def _table() -> dict[str, OnlineScheme]:
-    fp8_token = _token("fp8_e4m3fn", "fp8_token")
-    nvfp4_levels = (ScaleLevel("fp8_e4m3fn", group(16)), ScaleLevel("float32", TENSOR))
-    int8_channel = (ScaleLevel("float32", CHANNEL),)
-    lines = [
-        ("nvfp4", Scheme("fp4_e2m1", nvfp4_levels, activation=_group("fp4_e2m1", "nvfp4_token", 16)),
-         "4-bit floats, groups of 16 under e4m3 scales; activations the same, scaled by row"),
-        ("mxfp4", _mx("fp4_e2m1", "mx_even"), "4-bit floats, groups of 32 under powers of two; activations the same"),
-        ("mxfp6_e2m3", _mx("fp6_e2m3", "mx_even"), "6-bit floats e2m3, as mxfp4"),
-        ("mxfp6_e3m2", _mx("fp6_e3m2", "mx_even"), "6-bit floats e3m2, as mxfp4"),
-        ("mxfp8", _mx("fp8_e4m3fn", "mxfp8_log2"), "8-bit floats, as mxfp4"),
-        ("fp8_per_tensor", _fp8(TENSOR, fp8_token), "8-bit floats, one scale a matrix; activations by row"),
-        ("fp8_per_channel", _fp8(CHANNEL, fp8_token), "8-bit floats, one scale a row; activations by row"),
-        ("fp8_per_block", _fp8((128, 128), _group("fp8_e4m3fn", "fp8_group_divide", 128)),
-         "8-bit floats, one scale for 128 x 128; activations in groups of 128"),
-        ("int8_per_channel", Scheme("int8", int8_channel, activation=_token("int8", "int8_token")),
-         "8-bit integers, one scale a row; activations by row"),
-        ("int8_per_channel_asym",
-         Scheme("int8", int8_channel, offset=Offset("zero_point", "int8", CHANNEL),
-                activation=_token("int8", "int8_token_asym", symmetric=False)),
-         "as int8_per_channel, with zero points on both sides"),
-        ("int4_g128", Scheme("int4", (ScaleLevel("bfloat16", group(128)),)),
-         "4-bit integers, groups of 128; weight-only"),
-        ("int4_g32_asym",
-         Scheme("uint4", (ScaleLevel("bfloat16", group(32)),), offset=Offset("zero_point", "uint4", group(32))),
-         "4-bit integers with zero points, groups of 32; weight-only"),
-    ]
-    table = {name: OnlineScheme(scheme, summary, name) for name, scheme, summary in lines}
-    table["online"] = table["fp8_per_tensor"]
-    return table
-
-
-ONLINE: Final[Mapping[str, OnlineScheme]] = _table()
-
-
-def online_scheme(name: str) -> OnlineScheme:
-    """The scheme called `name`; Unsupported with the list of names for any other."""
-    found = ONLINE.get(name)
-    if found is None:
-        raise Unsupported(
-            f"no such quantization: {name!r}", wanted=", ".join(ONLINE), remedy="--quantization fp8_per_channel"
-        )
-    return found
-
-
-def why_not(layer: Layer, scheme_name: str) -> str | None:
-    """Why `layer` stays as it is under --quantization; None if it is quantized.
-
-    From headers alone. A layer that is quantized already is quantized again, from its reference weight. Embeddings,
-    output heads and routers stay, and what the scheme's groups do not divide.
-    """
+def _kept(layer: Layer) -> str | None:
+    """What a layer is that stays unless a rule means it: an embedding, an output head, a router."""
     path = layer.name.removesuffix(".weight").split(".")
-    size = online_scheme(scheme_name).group_size
     if layer.kind == "embedding":
         return "an embedding"
     if path[-1] in HEADS:
         return "the output head"
     if not ROUTERS.isdisjoint(path[-2:]):  # mlp.gate, block_sparse_moe.router.layer
         return "a router"
-    if layer.shape[-1] % size:
-        return f"K {layer.shape[-1]} is no multiple of the group size {size}"
     return None
 
 
+def _means(match: Match, kept: str) -> bool:
+    """True if a rule means a layer that otherwise stays: by its name; no pattern takes a router by chance."""
+    by_chance = ("within", "pattern") if kept != "a router" else ("within", "pattern", "spelled")
+    return match.by not in by_chance and not (match.by == "class" and kept != "an embedding")
+
+
+def _unfit(layer: Layer, name: str) -> str | None:
+    """Why the scheme called `name` cannot take the layer."""
+    entry = online_scheme(name)
+    if entry.experts_only and not is_expert(layer):
+        return f"{name} is for experts alone"
+    if layer.shape[-1] % entry.group_size:
+        return f"K {layer.shape[-1]} is no multiple of the group size {entry.group_size}"
+    return None
+
+
+def why_not(layer: Layer, scheme_name: str) -> str | None:
+    """Why `layer` stays as it is under --quantization NAME without rules; None if it is quantized.
+
+    From headers alone. A layer that is quantized already is quantized again, from its reference weight. Embeddings,
+    output heads and routers stay, and what the scheme's groups do not divide.
+    """
+    online_scheme(scheme_name)
+    return _kept(layer) or _unfit(layer, scheme_name)
+
+
 def applies_to(layer: Layer, scheme_name: str) -> bool:
-    """True if --quantization changes this layer."""
+    """True if --quantization NAME changes this layer."""
     return why_not(layer, scheme_name) is None
 
 
@@ -134,66 +81,145 @@ def quantize(weight: Dense, scheme_name: str) -> QuantizedWeight:
 
     Raises Unsupported where K is no multiple of the group size, Damaged for NaN or infinity in the weight.
     """
+    from anybit.numerics.packing import PackedCodes
     from anybit.numerics.quantize import quantize_weight
     from anybit.weights import QuantizedWeight
 
-    online = online_scheme(scheme_name)
-    if weight.shape[-1] % online.group_size:
+    entry = online_scheme(scheme_name)
+    if weight.shape[-1] % entry.group_size:
         raise Unsupported(
             "the groups of the scheme do not divide the weight", found=f"K {weight.shape[-1]}",
-            wanted=f"a multiple of {online.group_size}", remedy="leave this layer as it is, or take fp8_per_channel",
+            wanted=f"a multiple of {entry.group_size}", remedy="leave this layer as it is, or take fp8_per_channel",
         )
-    result = quantize_weight(online.rule, weight.tensor)
-    codes = _stored(result.codes, online.scheme)
-    return QuantizedWeight(online.scheme, weight.shape, codes, result.scales, result.zero_point, bias=weight.bias)
+    bits, sign = entry.scheme.weight_bits, entry.scheme.element == "int4"
+    result = quantize_weight(entry.rule, weight.tensor, _packing(bits) if bits < 8 else None)
+    codes: Tensor | PackedCodes = result.codes
+    if bits < 8:
+        codes = PackedCodes(result.codes, bits, weight.shape[-1], sign="twos_complement" if sign else "unsigned")
+    return QuantizedWeight(entry.scheme, weight.shape, codes, result.scales, result.zero_point, bias=weight.bias)
 
 
-def _stored(codes: Tensor, scheme: Scheme) -> Tensor | PackedCodes:
+def _packing(bits: int) -> Callable[[Tensor], Tensor]:
+    """Codes [.., N, K] of a slab to packed rows: so a whole layer's codes are never held unpacked."""
     import torch
 
-    from anybit.numerics.packing import PackedCodes, pack_stream
+    from anybit.numerics.packing import pack_stream
 
-    bits = scheme.weight_bits
-    if bits == 8:
-        return codes
-    sign = codes.dtype == torch.int8
-    fields = codes.view(torch.uint8) & (2**bits - 1) if sign else codes
-    return PackedCodes(pack_stream(fields, bits), bits, codes.shape[-1], sign="twos_complement" if sign else "unsigned")
+    def pack(codes: Tensor) -> Tensor:
+        fields = codes.view(torch.uint8) & (2**bits - 1) if codes.dtype == torch.int8 else codes
+        return pack_stream(fields, bits)
+
+    return pack
 
 
 @dataclass(frozen=True)
-class OnlineQuantizer:
-    """--quantization NAME as the hosts use it: asked for schemes while planning, called with weights while loading."""
+class Decision:
+    """What becomes of a layer.
 
-    name: str
+    name    the scheme's name, None: it stays
+    rule    the rule that decided, "" for the recipe's own name or nobody
+    reason  why it stays although a rule or the recipe's name asked for it
+    """
+
+    name: str | None
+    rule: str = ""
+    reason: str = ""
+
+
+class OnlineQuantizer:
+    """--quantization as the hosts use it: asked for schemes while planning, called with weights while loading."""
+
+    def __init__(self, asked: Online) -> None:
+        """Compile the rules; raises Unsupported for a pattern that does not compile."""
+        self.online = asked
+        self._names = dict(asked.targets)
+        self._ignored, self._chosen = Matcher(asked.ignore), Matcher(self._names)
+        self._decided: dict[tuple[str, tuple[int, ...]], Decision] = {}
+
+    def __str__(self) -> str:
+        return str(self.online)
+
+    def decide(self, layer: Layer) -> Decision:
+        """What becomes of the layer; from headers alone."""
+        key = (layer.name, layer.shape)
+        if key not in self._decided:
+            self._decided[key] = self._decide(layer)
+        return self._decided[key]
+
+    def _decide(self, layer: Layer) -> Decision:
+        ignored = self._ignored.matches(layer)
+        if ignored:
+            return Decision(None, ignored[0].rule)
+        kept = _kept(layer)
+        matches = [m for m in self._chosen.matches(layer) if kept is None or _means(m, kept)]
+        rule = matches[0].rule if matches else ""
+        name = self._names[rule] if rule else self.online.name
+        if name is None or (kept and not rule):
+            return Decision(None)
+        reason = _unfit(layer, name)
+        if reason and not rule and online_scheme(name).experts_only and not is_expert(layer):
+            return Decision(None)  # nobody asked for this layer
+        return Decision(None, rule, reason) if reason else Decision(name, rule)
 
     def scheme_of(self, layer: Layer) -> Scheme | None:
         """The scheme that the layer gets, None if it stays as it is; no tensor is read."""
-        return online_scheme(self.name).scheme if applies_to(layer, self.name) else None
+        name = self.decide(layer).name
+        return None if name is None else online_scheme(name).scheme
 
     def __call__(self, layer: Layer, weight: QuantizedWeight | Dense) -> QuantizedWeight | Dense:
-        """The weight quantized, or itself where `why_not` has a reason; errors carry the layer's name."""
+        """The weight quantized, or itself where it stays; errors carry the layer's name."""
         from anybit.schemes import dense
         from anybit.weights import Dense
 
-        if not applies_to(layer, self.name):
+        name = self.decide(layer).name
+        if name is None:
             return weight
         if not isinstance(weight, Dense):
-            if weight.pre_scale is not None:  # belongs to the input; the new scheme has no place for it
-                raise Unsupported(
-                    "a layer with an input scale cannot be quantized again", where=layer.name,
-                    found=str(layer.scheme), wanted="a layer without pre-quant scale",
-                    remedy="run it without --quantization",
-                )
-            weight = Dense(dense("float32"), weight.dequantize(), weight.bias)
+            reference = weight.dequantize()
+            if weight.pre_scale is not None:  # (x * p) W^T = x (W * p)^T: the new scheme has no place for p
+                reference = reference * weight.pre_scale.float().unsqueeze(-2)
+            weight = Dense(dense("float32"), reference, weight.bias)
         try:
-            return quantize(weight, self.name)
+            return quantize(weight, name)
         except AnybitError as error:
             error.where = error.where or layer.name
             raise
 
+    def notes(self, layers: Iterable[Layer]) -> tuple[str, ...]:
+        """What a user should know before it runs: rules without effect, layers that stay against the request."""
+        listed = list(layers)
+        decided = [(layer, self.decide(layer)) for layer in listed]
+        found = [note for rule in (*self._names, *self.online.ignore) for note in self._note(rule, decided)]
+        reasons = Counter(decision.reason for _, decision in decided if decision.reason)
+        for reason, count in reasons.items():
+            first = next(layer.name for layer, decision in decided if decision.reason == reason)
+            others = f" and {count - 1:,} more layers stay" if count > 1 else " stays"
+            found.append(f"{first}{others} unchanged: {reason}")
+        if not any(decision.name for _, decision in decided):
+            found.append(f"--quantization {self} quantizes nothing here")
+        if self.online.name == "online":
+            found.append("online without rules is fp8_per_tensor")
+        return tuple(found)
 
-def quantizer(name: str) -> OnlineQuantizer:
-    """The quantizer of a name in ONLINE; Unsupported for any other."""
-    online_scheme(name)
-    return OnlineQuantizer(name)
+    def _note(self, rule: str, decided: list[tuple[Layer, Decision]]) -> list[str]:
+        """The remark about a rule that decides no layer."""
+        if any(decision.rule == rule for _, decision in decided):
+            return []
+        matcher = Matcher([rule])
+        taken = [layer for layer, _ in decided if matcher.matches(layer)]
+        if not taken:
+            near = near_rules(rule, (layer.name for layer, _ in decided))
+            return [f"the rule {rule} takes no layer" + (f"; perhaps {near}" if near else "")]
+        kept = _kept(taken[0])
+        if kept is not None:
+            return [f"the rule {rule} takes {kept} only, which stays unless named: {taken[0].name}={self._names[rule]}"]
+        return [f"the rule {rule} decides nothing: more particular rules, or none, take its {len(taken):,} layers"]
+
+
+def quantizer(quantization: Quantization) -> OnlineQuantizer:
+    """The quantizer of a name in ONLINE, of text with rules, or of an Online; Unsupported for anything else."""
+    asked = online(quantization)
+    if asked is None:
+        raise Unsupported("nothing would be quantized", where="--quantization", found=str(quantization),
+                          wanted="a scheme", remedy="--quantization nvfp4, or leave it out")
+    return OnlineQuantizer(asked)

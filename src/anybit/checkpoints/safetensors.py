@@ -135,15 +135,18 @@ def _metadata(found: Any, name: str) -> dict[str, str]:
 
 
 def _tensor(key: str, entry: Any, path: Path, start: int) -> TensorInfo:
-    where = f"{path.name}: {key[:200]}"
     try:
-        name_bytes = len(key.encode("utf-8"))
+        name_bytes = len(key) if key.isascii() else len(key.encode("utf-8"))
     except UnicodeEncodeError:
         raise Damaged("a tensor's name is not valid text", where=path.name, found=ascii(key[:80])) from None
     if not key or name_bytes > limits.MAX_NAME_BYTES:
-        kind = LimitExceeded if key else Damaged
-        raise kind("a tensor's name is empty or too long", where=path.name, found=f"{name_bytes} bytes",
-                   wanted=f"1 … {limits.MAX_NAME_BYTES} (MAX_NAME_BYTES)")
+        problem = LimitExceeded if key else Damaged
+        raise problem("a tensor's name is empty or too long", where=path.name, found=f"{name_bytes} bytes",
+                      wanted=f"1 … {limits.MAX_NAME_BYTES} (MAX_NAME_BYTES)")
+    if (sound := _sound_entry(entry)) is not None:  # what nearly all are: large models have 400,000 of them
+        kind, sizes, begin, nbytes = sound
+        return TensorInfo(key, kind, sizes, path, start + begin, nbytes)
+    where = f"{path.name}: {key[:200]}"
     if not isinstance(entry, dict):
         raise Damaged("a tensor's entry is not an object", where=where, found=type(entry).__name__)
     dtype = entry.get("dtype")
@@ -166,6 +169,24 @@ def _tensor(key: str, entry: Any, path: Path, start: int) -> TensorInfo:
         )
     _limit_shape(shape, where)
     return TensorInfo(key, dtype, tuple(shape), path, start + offsets[0], bits // 8)
+
+
+def _sound_entry(entry: Any) -> tuple[str, tuple[int, ...], int, int] | None:
+    """dtype, shape, begin and bytes of an entry that fulfils every condition of `_tensor`; None for any other."""
+    if type(entry) is not dict:
+        return None
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if type(dtype) is not str or dtype not in DTYPES or type(shape) is not list or type(offsets) is not list:
+        return None
+    if len(offsets) != 2 or len(shape) > limits.MAX_RANK or not {*map(type, shape), *map(type, offsets)} <= {int}:
+        return None
+    begin, end = offsets
+    elements, bits = math.prod(shape), DTYPES[dtype][0]
+    if not 0 <= begin <= end < 2**64 or (end - begin) * 8 != elements * bits:
+        return None
+    if shape and (min(shape) < 0 or max(shape) > limits.MAX_DIM or elements > limits.MAX_ELEMENTS):
+        return None
+    return dtype, tuple(shape), begin, end - begin
 
 
 def _integers(found: Any, field: str, where: str) -> list[int]:

@@ -7,6 +7,7 @@ llama.cpp groups them. Source: llama.cpp 0c1e57098 (llama-vocab.cpp), docs/forma
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from anybit.checkpoints.contents import Contents
-from anybit.checkpoints.gguf_tokenizer import CONTROL, UNKNOWN, USER_DEFINED, TokenizerData, tokenizer_data
+from anybit.checkpoints.gguf_tokenizer import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, TokenizerData, tokenizer_data
 from anybit.errors import AnybitError, Inconsistent, Unsupported
 
 __all__ = ["tokenizer_from_gguf"]
@@ -35,6 +36,17 @@ _GPT4O: Final = (
     rf"{_HEAD}{_UPPER}*{_LOWER}+{_SHORT_FORMS}?|{_HEAD}{_UPPER}+{_LOWER}*{_SHORT_FORMS}?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _REST
 )
+_QWEN35: Final = (
+    _SHORT_FORMS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + _REST
+)
+_SEED: Final = _SHORT_FORMS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|" + _REST
+_BAILING: Final = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+_BLOOM: Final = r" ?[^(\s|.,!?\x{2026}\x{3002}\x{FF0C}\x{3001}\x{0964}\x{06D4}\x{060C})]+"
+_HAN: Final = r"[\x{4E00}-\x{9FA5}\x{0800}-\x{4E00}\x{AC00}-\x{D7FF}]+"
+_DEEPSEEK_CODER: Final = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN, r"\p{N}")
+_FALCON: Final = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")
 _DEEPSEEK3: Final = (
     r"\p{N}{1,3}",
     r"[\x{4E00}-\x{9FA5}\x{3040}-\x{30FF}]+",
@@ -66,17 +78,34 @@ _DEEPSEEK3_FAMILY: Final = _Family(_DEEPSEEK3)
 _FAMILIES: Final = {
     "default": _Family((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
     **dict.fromkeys(
-        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _LLAMA3_FAMILY
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
+        _LLAMA3_FAMILY,
     ),
-    **dict.fromkeys(("smaug-bpe", "dbrx", "glm4", "chatglm-bpe"), _Family((_LLAMA3,))),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "kormo", "hunyuan", "grok-2"), _QWEN2_FAMILY),
+    **dict.fromkeys(("smaug-bpe", "dbrx", "chatglm-bpe"), _Family((_LLAMA3,))),
+    **dict.fromkeys(("glm4", "glm5"), _Family((_LLAMA3,), whole_words=True)),
     **dict.fromkeys(
-        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS_FAMILY
+        ("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "kormo", "hunyuan", "grok-2", "f2llmv2", "solar-open"),
+        _QWEN2_FAMILY,
     ),
-    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling"), _GPT2_FAMILY),
-    **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O_FAMILY),
+    "qwen35": _Family((_QWEN35,)),
+    "seed-coder": _Family((_SEED,)),
+    **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"), _Family((_BAILING,))),
+    **dict.fromkeys(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
+        _DIGITS_FAMILY,
+    ),
+    **dict.fromkeys(
+        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "gigachat",
+         "a.x-4.0", "mellum"),
+        _GPT2_FAMILY,
+    ),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), _GPT4O_FAMILY),
+    "falcon": _Family(_FALCON),
+    **dict.fromkeys(("bloom", "poro-chat", "gpt3-finnish"), _Family((_BLOOM,))),
+    "viking": _Family((_BLOOM, r"\p{N}")),
+    "deepseek-coder": _Family(_DEEPSEEK_CODER),
     "tekken": _Family((_TEKKEN,), add_bos=True, whole_words=True),
-    **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), _DEEPSEEK3_FAMILY),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"), _DEEPSEEK3_FAMILY),
 }
 
 
@@ -88,7 +117,7 @@ def tokenizer_from_gguf(contents: Contents) -> PreTrainedTokenizerFast:
     data = tokenizer_data(contents)
     where = contents.path.name
     try:
-        tokenizer = _byte_level(data, where) if data.model == "gpt2" else _sentencepiece(data)
+        tokenizer = _byte_level(data, where) if data.model == "gpt2" else _OTHERS[data.model](data)
     except AnybitError:
         raise
     except Exception as error:  # tokenizers raises it bare, whatever does not suit it
@@ -154,6 +183,47 @@ def _sentencepiece(data: TokenizerData) -> Tokenizer:
     return tokenizer
 
 
+def _unigram(data: TokenizerData) -> Tokenizer:
+    """The most probable pieces by the sum of their scores; what is defined by the user costs nothing."""
+    scores = [
+        0.0 if kind == USER_DEFINED else score for score, kind in zip(data.scores, data.types, strict=True)
+    ]
+    # control tokens and unused places are found only as themselves
+    hidden = {i for i, kind in enumerate(data.types) if kind in (UNKNOWN, CONTROL, UNUSED)}
+    pieces = [
+        (token, min(data.scores) - 1e3 if i in hidden else score)
+        for i, (token, score) in enumerate(zip(data.tokens, scores, strict=True))
+    ]
+    tokenizer = Tokenizer(models.Unigram(pieces, data.special.get("unk"), byte_fallback=False))
+    steps: list[normalizers.Normalizer] = [normalizers.Precompiled(data.charsmap)] if data.charsmap else []
+    merges_spaces = data.remove_extra_whitespaces is True
+    if merges_spaces:
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if merges_spaces or data.add_space_prefix is not False:  # llama.cpp: merged, every word has its space
+        steps.append(normalizers.Replace(Regex(r"\A(?= *[^ ])"), " "))
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return tokenizer
+
+
+def _merged_sentencepiece(data: TokenizerData) -> Tokenizer:
+    """BPE by stated merges over sentencepiece's alphabet, lines and line ends apart."""
+    vocabulary = {token: index for index, token in enumerate(data.tokens)}
+    unknown = data.tokens[data.special["unk"]] if "unk" in data.special else _first_unknown(data)
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, _known(data.merges, vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+_OTHERS: Final[Mapping[str, Callable[[TokenizerData], Tokenizer]]] = {
+    "llama": _sentencepiece, "t5": _unigram, "gemma4": _merged_sentencepiece,
+}  # fmt: skip
+
+
 def _first_unknown(data: TokenizerData) -> str | None:
     return next((token for token, kind in zip(data.tokens, data.types, strict=True) if kind == UNKNOWN), None)
 
@@ -178,7 +248,10 @@ def _add_special(tokenizer: Tokenizer, data: TokenizerData) -> None:
     named = {data.tokens[index] for index in data.special.values()}
     control = [t for t, kind in typed if kind in (CONTROL, UNKNOWN) or t in named]
     defined = [t for t, kind in typed if kind == USER_DEFINED and t not in named]
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in control if t])
+    swallowing = set(control) - {"<unk>", "<s>", "<|endoftext|>"} if data.is_phi3 else set()
+    tokenizer.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True, rstrip=t in swallowing) for t in control if t]
+    )
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in defined if t])
 
 
@@ -189,7 +262,8 @@ def _add_ends(tokenizer: Tokenizer, data: TokenizerData) -> None:
     if add_bos is None:
         add_bos = data.model == "llama" or (family is not None and family.add_bos)
     before = [data.special["bos"]] if add_bos and "bos" in data.special else []
-    after = [data.special["eos"]] if data.add_eos and "eos" in data.special else []
+    add_eos = data.model == "t5" if data.add_eos is None else data.add_eos
+    after = [data.special["eos"]] if add_eos and "eos" in data.special else []
     if not before and not after:
         return
     # names of our own: in a template a colon separates the segment, and a token may hold one

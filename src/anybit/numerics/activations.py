@@ -273,13 +273,18 @@ def torchao_int8_token(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActi
 def torchao_int8_token_asym(
     x: Tensor, spec: Spec, tensors: Tensors, *, floor: float = FLOAT32_EPS
 ) -> QuantizedActivation:
-    """0 forced into [lo, hi]; s = max((hi - lo)/255, floor); z = clamp(-128 - round(lo/s)); x * (1/s), + z."""
+    """0 forced into [lo, hi]; s = max((hi - lo)/255, floor); z = clamp(-128 - round(lo/s)); x * (1/s), + z.
+
+    Element int7 is reduce_range: 127 steps from -64.
+    """
+    codes = number_format(spec.element)
     dims = tuple(range(x.dim())) if spec.granularity == "tensor" else (-1,)
     low = x.amin(dims, keepdim=True).clamp(max=0.0)
     high = x.amax(dims, keepdim=True).clamp(min=0.0)
-    s = quotient(high - low, 255).clamp(min=floor)
-    z = _integer((-128 - (low / s).round()).clamp(-128, 127))
-    return QuantizedActivation(_shifted_codes((x * (1 / s)).round(), z, "int8"), "int8", s, zero_point=z)
+    s = quotient(high - low, codes.maximum - codes.minimum).clamp(min=floor)
+    z = _integer((codes.minimum - (low / s).round()).clamp(codes.minimum, codes.maximum))
+    shifted = _shifted_codes((x * (1 / s)).round(), z, spec.element)
+    return QuantizedActivation(shifted, spec.element, s, zero_point=z)
 
 
 def int4_group(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
@@ -330,9 +335,14 @@ def fp8_group_ue8m0(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivat
 
 
 def torchao_fp8_token(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
-    """Scale s = absmax/448 without a floor, x / s; a zero row gives 0 (torchao's own path gives NaN)."""
+    """Scale s = absmax/448 (e5m2: /57344), x / s; a zero row gives 0 (torchao's own path gives NaN).
+
+    The bounds of absmax are optional: `spec.bound` from above, the tensor "lower_bound" from below.
+    """
     a = _absmax(x, spec)
-    s = quotient(a if spec.bound is None else a.clamp(max=spec.bound), E4M3_MAX)
+    if "lower_bound" in tensors:
+        a = torch.maximum(a, _static(tensors, "lower_bound", x))
+    s = quotient(a if spec.bound is None else a.clamp(max=spec.bound), number_format(spec.element).maximum)
     size = _group_size(spec)
     divisor = torch.where(s == 0, 1.0, s)
     return QuantizedActivation(encode(spec.element, _each(x, divisor, size, _over)), spec.element, s, size)
@@ -368,6 +378,15 @@ def mx_rceil_torchao(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActiva
     factor = torch.where(scale_codes == 0, 1.0, 1 / scale)
     size = _group_size(spec)
     codes = encode(spec.element, _each(x, factor, size, _times))
+    return QuantizedActivation(codes, spec.element, scale, size, scale_format="e8m0", scale_codes=scale_codes)
+
+
+def mx_torchao(x: Tensor, spec: Spec, tensors: Tensors, *, exponent: str) -> QuantizedActivation:
+    """The modes FLOOR, CEIL and EVEN: x over the scale, which counts as 2^-126 where its code is 0 (2^-127)."""
+    scale_codes = shared_exponent(exponent, _absmax(x, spec), spec.element)
+    scale = decode("e8m0", scale_codes)
+    size = _group_size(spec)
+    codes = encode(spec.element, _each(x, scale.clamp(min=2.0**-126), size, _over))
     return QuantizedActivation(codes, spec.element, scale, size, scale_format="e8m0", scale_codes=scale_codes)
 
 
@@ -417,9 +436,10 @@ def torchao_nvfp4(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivatio
     return QuantizedActivation(codes, spec.element, s * s2, size, scale_format=E4M3, scale_codes=scale_codes)
 
 
-def amdfp4(x: Tensor, spec: Spec, tensors: Tensors) -> QuantizedActivation:
-    """Scale s = ue5m3(absmax/6), 0 becomes 2^-23; x / s."""
-    s = decode("ue5m3", encode("ue5m3", quotient(_absmax(x, spec), 6)))
+def fp4_under_ue5m3(x: Tensor, spec: Spec, tensors: Tensors, *, divide: bool) -> QuantizedActivation:
+    """Scale s = ue5m3(absmax/6), or ue5m3(absmax * (1/6)); 0 becomes 2^-23; x / s."""
+    a = _absmax(x, spec)
+    s = decode("ue5m3", encode("ue5m3", quotient(a, 6) if divide else a * SIXTH))
     s = torch.where(s == 0, FLOAT32_EPS, s)
     size = _group_size(spec)
     return QuantizedActivation(encode(spec.element, _each(x, s, size, _over)), spec.element, s, size)
@@ -451,10 +471,15 @@ RECIPES: Final[Mapping[str, Recipe]] = {
     "mx_floor": Recipe(partial(mx, exponent="quark_floor"), "quark.md §7"),
     "mx_ceil": Recipe(partial(mx, exponent="quark_ceil"), "quark.md §7"),
     "mx_floor_autoround": Recipe(partial(mx, exponent="autoround_floor"), "auto_round.md §5"),
+    "mx_rceil": Recipe(partial(mx, exponent="vllm_mxfp8"), "auto_round.md §5, mx_fp_rceil"),
     "mx_rceil_torchao": Recipe(mx_rceil_torchao, "torchao.md §5"),
+    "mx_floor_torchao": Recipe(partial(mx_torchao, exponent="floor"), "torchao.md §5, scaling_mode FLOOR"),
+    "mx_ceil_torchao": Recipe(partial(mx_torchao, exponent="ceil"), "torchao.md §5, scaling_mode CEIL"),
+    "mx_even_torchao": Recipe(partial(mx_torchao, exponent="even"), "torchao.md §5, scaling_mode EVEN"),
     "nvfp4": Recipe(nvfp4, "compressed_tensors.md §7 A8", ("global_scale",)),
     "nvfp4_reciprocal": Recipe(nvfp4_reciprocal, "modelopt.md §10, quark.md §7", ("scale",)),
     "nvfp4_token": Recipe(nvfp4_token, "anybit's own, numerics.md §6"),
     "torchao_nvfp4": Recipe(torchao_nvfp4, "torchao.md §5", by_row=False),
-    "amdfp4": Recipe(amdfp4, "quark.md §7"),
+    "amdfp4": Recipe(partial(fp4_under_ue5m3, divide=True), "quark.md §7"),
+    "fp4_ue5m3_autoround": Recipe(partial(fp4_under_ue5m3, divide=False), "auto_round.md §5, NVFP4 E5M3"),
 }

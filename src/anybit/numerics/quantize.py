@@ -26,14 +26,18 @@ from anybit.numerics.scales import NVFP4_RECIPES, asymmetric_scale, quotient, sh
 __all__ = ["WEIGHT_RULES", "WeightCodes", "quantize_weight"]
 
 INT4_DIVISORS: Final = (7.0, 8.0, 9.0)
-SLAB: Final = 2**22  # elements quantized at a time: 16 MiB in float32, a few times that for temporaries
+Pack = Callable[[Tensor], Tensor]
+# elements quantized at a time, 4 MiB in float32; four times as many took up to twice as long and needed three times the
+# temporaries (4096 x 4096, one thread)
+SLAB: Final = 2**20
 
 
 @dataclass(frozen=True, eq=False)
 class WeightCodes:
     """Codes [.., N, K] (int8 for int elements, else uint8), scales finest first [.., row blocks, column blocks].
 
-    Scales of 8-bit formats are codes (uint8), others float tensors. zero_point as the codes, of the finest grid.
+    Codes are packed rows if that was asked for. Scales of 8-bit formats are codes (uint8), others float tensors.
+    zero_point as the codes, of the finest grid.
     """
 
     codes: Tensor
@@ -41,47 +45,73 @@ class WeightCodes:
     zero_point: Tensor | None = None
 
 
-def quantize_weight(rule: str, weight: Tensor) -> WeightCodes:
+def quantize_weight(rule: str, weight: Tensor, pack: Pack | None = None) -> WeightCodes:
     """Quantize a weight [.., N, K] of any float dtype by a rule of WEIGHT_RULES; stacked experts one by one.
 
     K must be a multiple of the rule's group, but for the integer groups, whose last may be short. Works on slabs of
-    rows: no float32 copy of the weight is made.
+    rows: neither a float32 copy of the weight nor, with `pack` (codes [n, K] to packed rows [n, bytes]), its unpacked
+    codes are ever held.
     Raises Damaged for NaN or infinity; the caller adds the layer's name.
     """
-    absmax = torch.maximum(weight.amax((-2, -1), keepdim=True), -weight.amin((-2, -1), keepdim=True)).float()
-    if not bool(absmax.isfinite().all()):
-        broken = weight.numel() - int(weight.isfinite().sum())
-        raise Damaged(
-            "a weight holds NaN or infinity", found=f"{broken} of {weight.numel()} elements", wanted="finite numbers",
-            remedy="download it again, or get it from its writer",
-        )
-    per_row = weight.numel() // weight.shape[-2]
-    rows = max(SLAB // per_row // 128, 1) * 128  # whole blocks of 128 rows
-    slabs = [
-        WEIGHT_RULES[rule](weight[..., start : start + rows, :].float(), absmax)
-        for start in range(0, weight.shape[-2], rows)
-    ]
-    scale, zero_point = _joined([s.scale for s in slabs]), _joined([s.zero_point for s in slabs])
-    codes = _joined([s.codes for s in slabs])
-    assert codes is not None
-    return WeightCodes(codes, tuple(t for t in (scale, slabs[0].global_scale) if t is not None), zero_point)
+    matrices = weight.reshape(-1, *weight.shape[-2:])
+    made = _Filling(matrices.shape[0], weight.shape[-2])
+    for number, matrix in enumerate(matrices):
+        absmax = torch.maximum(matrix.amax((-2, -1), keepdim=True), -matrix.amin((-2, -1), keepdim=True)).float()
+        if not bool(absmax.isfinite()):
+            raise _not_finite(weight)
+        rows = max(SLAB // matrix.shape[-1] // 128, 1) * 128  # whole blocks of 128 rows
+        for start in range(0, matrix.shape[0], rows):
+            slab = WEIGHT_RULES[rule](matrix[start : start + rows].float(), absmax)
+            made.put(number, start, slab, slab.codes if pack is None else pack(slab.codes))
+    return made.result(weight.shape[:-2])
+
+
+def _not_finite(weight: Tensor) -> Damaged:
+    broken = weight.numel() - int(weight.isfinite().sum())
+    return Damaged(
+        "a weight holds NaN or infinity", found=f"{broken} of {weight.numel()} elements", wanted="finite numbers",
+        remedy="download it again, or get it from its writer",
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class _Slab:
-    """Some rows quantized; `global_scale` [.., 1, 1] is the matrix's and the same in every slab."""
+    """Some rows quantized; `global_scale` [1, 1] is the matrix's, `scale_rows` rows share one of `scale`."""
 
     codes: Tensor
     scale: Tensor | None
     zero_point: Tensor | None = None
     global_scale: Tensor | None = None
+    scale_rows: int = 1
 
 
-def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    present = [t for t in parts if t is not None]
-    if not present:
-        return None
-    return torch.cat(present, dim=-2) if len(present) > 1 else present[0]
+class _Filling:
+    """Results of E matrices of N rows, each part's tensor made when its first slab comes: nothing is held twice."""
+
+    def __init__(self, count: int, rows: int) -> None:
+        self.count, self.rows = count, rows
+        self.parts: dict[str, Tensor] = {}
+
+    def put(self, number: int, start: int, slab: _Slab, codes: Tensor) -> None:
+        """The rows from `start` on of matrix `number`."""
+        for name, part, per in (("codes", codes, 1), ("scale", slab.scale, slab.scale_rows),
+                                ("zero_point", slab.zero_point, 1)):
+            if part is not None:
+                into = self._part(name, part, -(-self.rows // per))
+                into[number, start // per : start // per + part.shape[0]] = part
+        if slab.global_scale is not None:
+            self._part("global_scale", slab.global_scale, 1)[number] = slab.global_scale
+
+    def _part(self, name: str, like: Tensor, rows: int) -> Tensor:
+        if name not in self.parts:
+            self.parts[name] = like.new_empty((self.count, rows, like.shape[-1]))
+        return self.parts[name]
+
+    def result(self, leading: torch.Size) -> WeightCodes:
+        """All parts with the weight's leading dimensions."""
+        done = {name: t.reshape(*leading, *t.shape[1:]) for name, t in self.parts.items()}
+        scales = tuple(done[name] for name in ("scale", "global_scale") if name in done)
+        return WeightCodes(done["codes"], scales, done.get("zero_point"))
 
 
 def _groups(weight: Tensor, size: int) -> Tensor:
@@ -122,26 +152,35 @@ def _mx(weight: Tensor, absmax: Tensor, *, element: str, exponent: str) -> _Slab
 
 
 def _fp8_per_tensor(weight: Tensor, absmax: Tensor) -> _Slab:
-    """Scale s = absmax/448 of the matrix, codes of x/s: vLLM's and ModelOpt's."""
+    """Scale s = absmax/448 of the matrix, codes of x/s: ModelOpt's, and vLLM's, whose kernel multiplies by 1/s.
+
+    That moves about one code in a million by one step; a division stays finite for the smallest scales.
+    """
     scale = quotient(absmax, 448)
     return _Slab(encode("fp8_e4m3fn", weight / _safe(scale)), None, global_scale=scale)
 
 
 def _fp8_per_channel(weight: Tensor, absmax: Tensor) -> _Slab:
-    """Scale s = absmax/448 of a row, codes of x/s."""
+    """Scale s = absmax/448 of a row, codes of x/s: vLLM's and llm-compressor's, without vLLM's floor under s.
+
+    The floor, 1/(448*512), is meant for activations; rows of weights below 1/512 would lose their precision.
+    """
     scale = quotient(weight.abs().amax(-1, keepdim=True), 448)
     return _Slab(encode("fp8_e4m3fn", weight / _safe(scale)), scale)
 
 
 def _fp8_per_block(weight: Tensor, absmax: Tensor) -> _Slab:
-    """Scale s = absmax/448 for each block of 128 x 128, the last ones short; DeepSeek's layout."""
+    """Scale s = absmax/448 for each block of 128 x 128, the last ones short: DeepSeek's and vLLM's.
+
+    vLLM's bound of 1e-4 on the maximum is left out: smaller blocks keep their precision.
+    """
     rows, columns = weight.shape[-2:]
     padded = pad(weight, (0, -columns % 128, 0, -rows % 128))
     lead = padded.shape[:-2]
     tiles = padded.reshape(*lead, padded.shape[-2] // 128, 128, padded.shape[-1] // 128, 128)
     scale = quotient(tiles.abs().amax((-3, -1)), 448)  # [.., row blocks, column blocks]
     codes = encode("fp8_e4m3fn", tiles / _safe(scale).unsqueeze(-1).unsqueeze(-3)).reshape(padded.shape)
-    return _Slab(codes[..., :rows, :columns].contiguous(), scale)
+    return _Slab(codes[..., :rows, :columns].contiguous(), scale, scale_rows=128)
 
 
 def _int8_per_channel(weight: Tensor, absmax: Tensor) -> _Slab:
@@ -202,7 +241,7 @@ WEIGHT_RULES: Final[Mapping[str, Callable[[Tensor, Tensor], _Slab]]] = {
     "fp8_per_block": _fp8_per_block,
     "int8_per_channel": _int8_per_channel,
     "int8_per_channel_asym": _int8_per_channel_asym,
-    "int4_g128": partial(_int4_symmetric, group_size=128),
-    "int4_g32_asym": partial(_uint4_asymmetric, group_size=32),
+    **{f"int4_g{size}": partial(_int4_symmetric, group_size=size) for size in (128, 64, 32)},
+    **{f"int4_g{size}_asym": partial(_uint4_asymmetric, group_size=size) for size in (128, 64, 32)},
 }
-"""Rows [.., n, K] float32 and the absolute maximum [.., 1, 1] of the whole matrix -> the rows quantized."""
+"""Rows [n, K] float32 and the absolute maximum [1, 1] of the whole matrix -> the rows quantized."""

@@ -7,6 +7,7 @@ A dialect module holds
     declare(contents) -> dict[str, Layer]   headers and config only; no torch; refuses what it cannot read, by name
     canonicalize(layer, tensors) -> QuantizedWeight | Dense     pure; `tensors` by role, as `layer.tensors` names them
     express(weight) -> dict[str, Tensor]    where the dialect can be written (optional)
+    with_known_names(contents) -> Contents  tensors of older versions under the names that `declare` reads (optional)
 
 and is tried in the order of the table: the first that recognizes the checkpoint has it.
 """

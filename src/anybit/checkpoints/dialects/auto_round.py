@@ -1,8 +1,9 @@
 """AutoRound's own format: GPTQ's and AWQ's layouts without their configuration, and floating formats beside them.
 
 Integers: `packing_format` says GPTQ's layout with zero points minus one, the same with zero points as they are, or
-AWQ's; 5, 6 and 7 bits are a plain stream there, never planes, and g_idx is absent. Floats: MXFP4, MXFP8, MXINT4, NVFP4,
-and e4m3 by blocks or whole. What the tool writes as quant_method gptq or awq belongs to those dialects.
+AWQ's; 5, 6 and 7 bits are a plain stream there, never planes, and g_idx is absent. Floats: MXFP4, MXFP8, MXINT4, NVFP4
+(its scales e4m3 under a global one, or ue5m3 alone), and e4m3 by blocks, groups, rows or whole. What the tool writes
+as quant_method gptq or awq belongs to those dialects.
 Rules, worked examples and sources with versions: docs/formats/auto_round.md.
 """
 
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from anybit.checkpoints.checks import expect_dtype, expect_shape, need
-from anybit.checkpoints.contents import FLOAT_DTYPES, JSON, Contents
+from anybit.checkpoints.contents import FLOAT_DTYPES, JSON, Contents, TensorInfo
 from anybit.checkpoints.dialects import awq, fp8, gptq
 from anybit.checkpoints.dialects._shared import config_values as values
 from anybit.checkpoints.dialects._shared.gptqmodel_config import Settings, refuse_incomplete
@@ -21,7 +22,7 @@ from anybit.checkpoints.dialects.plain import canonicalize as canonicalize_dense
 from anybit.checkpoints.dialects.plain import dense_layers
 from anybit.checkpoints.patterns import Patterns
 from anybit.errors import Damaged, Inconsistent, Unsupported
-from anybit.schemes import TENSOR, ActivationSpec, Block, Layer, ScaleLevel, Scheme, group
+from anybit.schemes import CHANNEL, TENSOR, ActivationSpec, Block, Layer, ScaleLevel, Scheme, group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +69,7 @@ def declare(contents: Contents) -> dict[str, Layer]:
             layers[module] = _integer(contents, module, config)
         elif leaf == "weight_packed":
             layers[module] = _four_bit_float(contents, module, config)
-        elif leaf == "weight" and info.dtype == "F8_E4M3":
+        elif leaf == "weight" and info.dtype.startswith("F8_"):
             layers[module] = _eight_bit_float(contents, module, config)
     taken = {tensor for layer in layers.values() for tensor in layer.tensors.values()}
     return layers | dense_layers(contents, taken)
@@ -191,6 +192,9 @@ def _four_bit_float(contents: Contents, module: str, config: _Config) -> Layer:
         expect_dtype(scale, "F8_E4M3")
         element, size = "fp4_e2m1", 16
         levels = (ScaleLevel("fp8_e4m3fn", group(16)), ScaleLevel("float32", TENSOR, divide=True))
+    elif scale.dtype == "U8" and scale.shape == (rows, -(-columns // 16)):  # data_type nvfp4_v2
+        element, size = "fp4_e2m1", 16
+        levels = (ScaleLevel("ue5m3", group(16)),)
     else:
         expect_dtype(scale, "U8", "F8_E8M0")
         data_type = values.text(keys, "data_type", config.where) or ""
@@ -206,7 +210,7 @@ def _four_bit_float(contents: Contents, module: str, config: _Config) -> Layer:
 
 
 def _eight_bit_float(contents: Contents, module: str, config: _Config) -> Layer:
-    """MXFP8, or e4m3 with a scale a block (weight_scale_inv) or one for all (weight_scale)."""
+    """MXFP8, or e4m3 with a scale a block (weight_scale_inv); one for all, one a row or one a group (weight_scale)."""
     keys = config.of(module)
     activation, notes = _activation(keys, config.where)
     inverse = contents.tensors.get(f"{module}.weight_scale_inv")
@@ -217,8 +221,22 @@ def _eight_bit_float(contents: Contents, module: str, config: _Config) -> Layer:
     elif inverse is not None:
         block = fp8.read_block(keys.get("weight_block_size", keys.get("group_size"))) or (128, 128)
     else:
-        block = TENSOR
-    return fp8.float8_layer(contents, module, scale, block, activation, notes)
+        block = _block_of_flat_scales(contents, module, scale)
+    return fp8.float8_layer(contents, module, scale, block, activation, notes, is_flat=inverse is None)
+
+
+def _block_of_flat_scales(contents: Contents, module: str, scale: TensorInfo) -> Block:
+    """Whom a scale serves: the tool stores all of a weight's scales in one row, so their number tells (§5)."""
+    weight = need(contents, f"{module}.weight", module)
+    rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
+    if scale.elements == 1:
+        return TENSOR
+    if not rows or scale.elements % rows or columns % (scale.elements // rows):
+        raise Inconsistent("scales that serve neither the whole, nor rows, nor groups", where=scale.name,
+                           found=f"{list(scale.shape)} for {list(weight.shape)}", wanted=f"1, {rows} or whole groups",
+                           remedy=_WRONG_CONFIG)
+    groups = scale.elements // rows
+    return CHANNEL if groups == 1 else group(columns // groups)
 
 
 def _one_float(contents: Contents, module: str, leaf: str) -> str:
@@ -238,6 +256,7 @@ def _bias(contents: Contents, module: str, rows: int) -> dict[str, str]:
 
 
 _MX_ELEMENTS: Final = {4: "fp4_e2m1", 8: "fp8_e4m3fn"}
+_MX_RECIPES: Final = {"mx_fp": "mx_floor_autoround", "mx_fp_rceil": "mx_rceil"}  # act_data_type -> recipe
 
 
 def _activation(keys: JSON, where: str) -> tuple[ActivationSpec | None, tuple[str, ...]]:
@@ -247,8 +266,11 @@ def _activation(keys: JSON, where: str) -> tuple[ActivationSpec | None, tuple[st
         return None, ()
     kind = values.text(keys, "act_data_type", where) or values.text(keys, "data_type", where) or "int"
     is_dynamic = values.flag(keys, "act_dynamic", where, default=True)
-    if kind in ("mx_fp", f"mx_fp{bits}") and bits in _MX_ELEMENTS and is_dynamic:
-        return ActivationSpec(_MX_ELEMENTS[bits], True, "group", "mx_floor_autoround", group_size=32), ()
+    recipe = _MX_RECIPES.get(kind.replace(f"mx_fp{bits}", "mx_fp"))
+    if recipe is not None and bits in _MX_ELEMENTS and is_dynamic:
+        return ActivationSpec(_MX_ELEMENTS[bits], True, "group", recipe, group_size=32), ()
+    if kind == "nvfp4_v2" and bits == 4:
+        return ActivationSpec("fp4_e2m1", True, "group", "fp4_ue5m3_autoround", group_size=16), ()
     if kind.startswith("nv_fp") and bits == 4:
         return ActivationSpec("fp4_e2m1", True, "group", "nvfp4", group_size=16), ()  # the global scale is static
     if kind == "fp" and bits == 8:

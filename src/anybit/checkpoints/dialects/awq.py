@@ -39,6 +39,7 @@ NAME: Final = "awq"
 
 ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a gemm word holds output column ORDER[i] of its eight
 _NIBBLE_OF_COLUMN: Final = (0, 4, 1, 5, 2, 6, 3, 7)  # the inverse
+_GEMM_RUNTIMES: Final = ("exllama", "exllamav2", "ipex")  # transformers' versions that run files of the gemm layout
 _WRONG_CONFIG: Final = "use the config.json that was written with these weights"
 
 
@@ -88,6 +89,8 @@ def layout_of(config: Config) -> str:
     if config.raw.get("backend") == "llm-awq":
         return "llm-awq"
     layout = format_name(config.raw, config.where) or "gemm"
+    if layout in _GEMM_RUNTIMES:
+        return "gemm"
     if layout not in _LAYOUTS:
         raise Unsupported(f"AWQ in the layout {layout}", where=config.where, found=layout, wanted=" · ".join(_LAYOUTS),
                           remedy="save the model again in the gemm layout")

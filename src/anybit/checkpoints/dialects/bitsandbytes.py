@@ -86,10 +86,11 @@ def declare(contents: Contents) -> dict[str, Layer]:
     threshold = _threshold(contents.quantization)
     skipped = frozenset(values.strings(contents.quantization, "llm_int8_skip_modules", WHERE))
     layers: dict[str, Layer] = {}
+    states: dict[tuple[str, str], QuantState] = {}  # weights of one shape have one text
     with SmallTensors() as small:
         for name, info in contents.tensors.items():
             if (found := _STATE.fullmatch(name)) is not None:
-                layer = _four_bit(contents, found[1], found[2], small, skipped)
+                layer = _four_bit(contents, found[1], found[2], small, skipped, states)
             elif name.endswith(".weight") and info.dtype == "I8" and f"{name}.absmax" not in contents.tensors:
                 layer = _eight_bit(contents, name.removesuffix(".weight"), threshold, small, skipped)
             else:
@@ -153,7 +154,8 @@ def _remarks(module: str, skipped: frozenset[str]) -> tuple[str, ...]:
 # --- four bits -------------------------------------------------------------------------------------------------------
 
 def _four_bit(
-    contents: Contents, weight: str, quant_type: str, small: SmallTensors, skipped: frozenset[str]
+    contents: Contents, weight: str, quant_type: str, small: SmallTensors, skipped: frozenset[str],
+    states: dict[tuple[str, str], QuantState],
 ) -> Layer:
     if quant_type not in ELEMENTS:
         raise Unsupported(f"the 4-bit type {quant_type[:40]}", where=weight, found=quant_type[:40],
@@ -166,7 +168,9 @@ def _four_bit(
                "absmax": f"{weight}.absmax", "quant_map": f"{weight}.quant_map"}
     for name in tensors.values():
         need(contents, name, module)
-    state = read_state(small.text(contents.tensors[tensors["quant_state"]]), quant_type, tensors["quant_state"])
+    text = small.text(contents.tensors[tensors["quant_state"]])
+    if (state := states.get((text, quant_type))) is None:
+        state = states[text, quant_type] = read_state(text, quant_type, tensors["quant_state"])
     if state.nested_block is not None:
         tensors |= {role: f"{weight}.{role}" for role in ("nested_absmax", "nested_quant_map")}
     _check_four_bit(contents, tensors, state)

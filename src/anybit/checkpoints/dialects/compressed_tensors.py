@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
-from anybit.checkpoints.checks import need
+from anybit.checkpoints.checks import need_all
 from anybit.checkpoints.contents import FLOAT_DTYPES, Contents
 from anybit.checkpoints.dialects import plain
 from anybit.checkpoints.dialects._shared.compressed_tensors_config import WHERE, Config, read_config
 from anybit.checkpoints.dialects._shared.compressed_tensors_headers import Module, choose_packings
 from anybit.checkpoints.dialects._shared.compressed_tensors_targets import Targets
-from anybit.checkpoints.dialects._shared.kv_scales import kv_scales
+from anybit.checkpoints.dialects._shared.kv_scales import demand_scales, kv_scales
 from anybit.errors import Damaged, Inconsistent, Unsupported
 from anybit.schemes import KVCacheSpec, Layer, Scheme
 
@@ -51,15 +51,31 @@ def declare(contents: Contents) -> dict[str, Layer]:
     parts = {}
     for module in modules:
         class_name = "Embedding" if module.rpartition(".")[2] in plain.EMBEDDINGS else "Linear"
-        parts[module] = Module(contents, module, targets.group_of(module, class_name), config)
+        group, remarks = targets.group_of(module, class_name)
+        parts[module] = Module(contents, module, group, config, remarks)
     parts = choose_packings(parts, config)
     layers = {module: part.layer() for module, part in parts.items()}
     taken = {name for layer in layers.values() for name in layer.tensors.values()}
     return layers | plain.dense_layers(contents, taken)
 
 
+def notes(contents: Contents) -> tuple[str, ...]:
+    """Remarks on targets and entries of `ignore` that name no module: most likely slips of the pen."""
+    modules: set[str] = set()
+    for name in contents.tensors:
+        while name := name.rpartition(".")[0]:
+            modules.add(name)
+    targets, ignored = Targets(read_config(contents.quantization)).idle(modules)
+    remarks = []
+    for entries, what in ((targets, "targets that match no module"), (ignored, "ignored modules that are not there")):
+        if entries:
+            more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
+            remarks.append(f"{what}: {entries[0][:100]}{more}")
+    return tuple(remarks)
+
+
 def _modules_with_codes(contents: Contents) -> list[str]:
-    """Names of the modules that hold codes; a quantized weight without its scale is refused."""
+    """Names of the modules that hold codes; quantized weights without their scales are refused, all named."""
     modules = []
     for name, info in contents.tensors.items():
         module, _, leaf = name.rpartition(".")
@@ -72,8 +88,8 @@ def _modules_with_codes(contents: Contents) -> list[str]:
         elif info.dtype not in ("I8", "F8_E4M3"):
             raise Unsupported("a weight in a dtype that no known compressed-tensors writes", where=name,
                               found=info.dtype, wanted="I8, F8_E4M3 or a float", remedy="export the model again")
-        need(contents, f"{module}.weight_scale", module)
         modules.append(module)
+    need_all(contents, (f"{module}.weight_scale" for module in modules))
     return modules
 
 
@@ -240,7 +256,8 @@ def _refuse_fp8_zero_points(given: Tensor, where: str) -> None:
 def kv_cache(contents: Contents) -> KVCacheSpec | None:
     """The key-value cache that `kv_cache_scheme` declares: stored = e4m3(x / scale), after the rotary embedding.
 
-    Scales may be missing (then 1.0) or, for a dynamic scheme, absent by design. Raises Unsupported for other caches.
+    Scales may be missing (then 1.0) or, for a dynamic scheme, absent by design: stored ones are not used then. Raises
+    Unsupported for other caches (§8).
     """
     scheme = read_config(contents.quantization).kv_cache
     if scheme is None:
@@ -248,5 +265,8 @@ def kv_cache(contents: Contents) -> KVCacheSpec | None:
     sound = (scheme.type, scheme.bits, scheme.symmetric) == ("float", 8, True)
     if not sound or scheme.strategy not in ("tensor", "attn_head"):
         raise Unsupported("this key-value cache is not read", where=f"{WHERE}.kv_cache_scheme", found=str(scheme),
-                          wanted="float8 symmetric, strategy tensor or attn_head", remedy="pass --kv-cache none")
-    return KVCacheSpec("fp8_e4m3fn", kv_scales(contents, output_scales=True), dynamic=scheme.dynamic == "dynamic")
+                          wanted="float8 symmetric, strategy tensor or attn_head",
+                          remedy="remove kv_cache_scheme from config.json: the cache then stays as it is")
+    granularity: Literal["tensor", "head"] = "head" if scheme.strategy == "attn_head" else "tensor"
+    scales = kv_scales(contents, output_scales=True)
+    return demand_scales(contents, KVCacheSpec("fp8_e4m3fn", scales, scheme.dynamic == "dynamic", granularity))

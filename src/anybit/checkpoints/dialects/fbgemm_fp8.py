@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-from anybit.checkpoints.checks import expect_dtype, expect_shape, need
+from anybit.checkpoints.checks import expect_dtype, expect_shape, need, need_all
 from anybit.checkpoints.contents import FLOAT_DTYPES, Contents
 from anybit.checkpoints.dialects.fp8 import E4M3, WHERE, float8_layer
 from anybit.checkpoints.dialects.plain import canonicalize as canonicalize_dense
@@ -36,6 +36,8 @@ def recognizes(contents: Contents) -> bool:
 def declare(contents: Contents) -> dict[str, Layer]:
     """All layers, from headers and configuration; raises Damaged for an unsound bound, Inconsistent without scales."""
     bound, notes = _bound(contents)
+    weights = (n for n, info in contents.tensors.items() if n.endswith(".weight") and info.dtype.startswith("F8_"))
+    need_all(contents, (f"{name}_scale" for name in weights))
     activation = ActivationSpec(E4M3, True, "token", "fp8_token", bound=bound)
     layers = {}
     for name, info in contents.tensors.items():

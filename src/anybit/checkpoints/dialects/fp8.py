@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from anybit.checkpoints.checks import expect_dtype, expect_shape, need
+from anybit.checkpoints.checks import expect_dtype, expect_shape, need, need_all
 from anybit.checkpoints.contents import FLOAT_DTYPES, JSON, Contents, TensorInfo
 from anybit.checkpoints.dialects._shared import config_values as values
-from anybit.checkpoints.dialects._shared.kv_scales import kv_scales
+from anybit.checkpoints.dialects._shared.kv_scales import demand_scales, kv_scales
 from anybit.checkpoints.dialects.plain import EMBEDDINGS, dense_layers
 from anybit.checkpoints.dialects.plain import canonicalize as canonicalize_dense
 from anybit.errors import Damaged, Inconsistent, Unsupported
@@ -81,6 +81,7 @@ def declare(contents: Contents) -> dict[str, Layer]:
     Raises Unsupported or Damaged for what docs/formats/fp8.md §10 refuses, Inconsistent for scales that fit no grid.
     """
     config = read_config(contents.quantization)
+    _refuse_without_scales(contents)
     layers = {}
     for name, info in contents.tensors.items():
         module, _, leaf = name.rpartition(".")
@@ -136,16 +137,24 @@ def read_block(value: object) -> Block | None:
 
 def kv_cache(contents: Contents) -> KVCacheSpec | None:
     """AutoFP8's cache: declared by `kv_cache_scheme` or by scales beside the attention; a missing scale is 1.0."""
+    declared = contents.quantization.get("kv_cache_scheme")
     scales = kv_scales(contents, output_scales=True)
-    if not scales and contents.quantization.get("kv_cache_scheme") is None:
+    if not scales and not declared:
         return None
-    return KVCacheSpec(E4M3, scales)
+    return demand_scales(contents, KVCacheSpec(E4M3, scales, dynamic=declared == "dynamic" and not scales))
 
 
 # --- one module from its headers -----------------------------------------------------------------------------------
 
 def _scale_of(contents: Contents, module: str) -> TensorInfo | None:
     return next((contents.tensors[n] for leaf in _SCALES if (n := f"{module}.{leaf}") in contents.tensors), None)
+
+
+def _refuse_without_scales(contents: Contents) -> None:
+    modules = (name.removesuffix(".weight") for name, info in contents.tensors.items()
+               if name.endswith(".weight") and info.dtype in _FP8)
+    need_all(contents, (f"{module}.{_SCALES[0]}" for module in modules
+                        if _scale_of(contents, module) is None and _fused_scale(contents, module) is None))
 
 
 def _module(contents: Contents, module: str, config: Config) -> Layer:
@@ -166,18 +175,19 @@ def _block_of(scale: TensorInfo, config: Config) -> Block:
 
 def float8_layer(
     contents: Contents, module: str, scale: TensorInfo, block: Block, activation: ActivationSpec | None,
-    notes: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (), *, is_flat: bool = False,
 ) -> Layer:
     """The layer of an e4m3 weight [N, K] whose `scale` multiplies blocks; shapes and dtypes checked.
 
     Raises Inconsistent for a scale that is not the ceil grid of `block` (one element for TENSOR, [N] or [N, 1] for
-    CHANNEL), Damaged for dtypes that no writer means.
+    CHANNEL; with `is_flat` also the grid's rows one after another), Damaged for dtypes that no writer means.
     """
     weight = need(contents, f"{module}.weight", module)
     expect_dtype(weight, "F8_E4M3")
     rows, columns = _matrix(weight)
     expect_dtype(scale, *FLOAT_DTYPES, *_E8M0)
-    expect_shape(scale, *_scale_shapes((rows, columns), block))
+    flat = ((math.prod(scale_grid((rows, columns), block)),),) if is_flat else ()
+    expect_shape(scale, *_scale_shapes((rows, columns), block), *flat)
     names = {"weight": weight.name, "scale": scale.name}
     names |= _bias(contents, module, rows)
     if activation is not None and not activation.dynamic:

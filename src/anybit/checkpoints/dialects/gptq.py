@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from anybit.checkpoints.checks import expect_dtype, expect_shape, need
@@ -122,7 +123,8 @@ def _packed(contents: Contents, module: str, config: Config, form: str) -> Layer
     if config.raw.get("activation"):
         notes.append("gptqmodel's run-time activation policy is not applied: weight-only")
     # with static groups desc_act changes the order of quantization only, g_idx stays k // group
-    settings = replace(settings, act_order=settings.act_order and not config.has_static_groups)
+    if settings.act_order and config.has_static_groups:
+        settings = replace(settings, act_order=False)
     _expect_pack_dtype(contents.tensors[f"{module}.qweight"], config)
     planar = form == "gptq_p" or settings.bits in _PLANAR_ONLY
     storage = {
@@ -170,7 +172,8 @@ def packed_layer(
     names |= _optional(contents, module, sizes)
     is_embedding = module.rpartition(".")[2] in EMBEDDINGS
     act_order = settings.act_order and "g_idx" in names and sizes.groups > 1
-    scheme = _scheme(sizes, settings, FLOAT_DTYPES[scales.dtype], act_order)
+    block = CHANNEL if settings.group_size == -1 else group(sizes.group)
+    scheme = _scheme(sizes.bits, block, FLOAT_DTYPES[scales.dtype], act_order)
     kind: LayerKind = "linear"
     shape = (sizes.rows, sizes.columns)
     if is_embedding:  # packed down V and not transposed (docs/formats/gptq.md §6)
@@ -258,9 +261,9 @@ def _refuse_twice(contents: Contents, module: str) -> None:
                            remedy="remove the one that does not belong to this model")
 
 
-def _scheme(sizes: _Sizes, settings: Settings, scale: str, act_order: bool) -> Scheme:
-    block = CHANNEL if settings.group_size == -1 else group(sizes.group)
-    element = f"uint{sizes.bits}"
+@cache
+def _scheme(bits: int, block: Block, scale: str, act_order: bool) -> Scheme:
+    element = f"uint{bits}"
     plain_scheme = Scheme(element, (ScaleLevel(scale, block),), offset=Offset("zero_point", element, block))
     return _gathered(plain_scheme) if act_order else plain_scheme
 

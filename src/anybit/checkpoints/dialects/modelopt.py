@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Final
 
 from anybit.checkpoints.contents import Contents
 from anybit.checkpoints.dialects import plain
-from anybit.checkpoints.dialects._shared.kv_scales import kv_scales
+from anybit.checkpoints.dialects._shared.kv_scales import demand_scales, kv_scales
 from anybit.checkpoints.dialects._shared.modelopt_config import read_settings, speaks_modelopt
 from anybit.checkpoints.dialects._shared.modelopt_headers import layers_with_codes
+from anybit.errors import Unsupported
 from anybit.schemes import KVCacheSpec, Layer
 
 if TYPE_CHECKING:
@@ -46,7 +47,14 @@ def declare(contents: Contents) -> dict[str, Layer]:
 def kv_cache(contents: Contents) -> KVCacheSpec | None:
     """The key-value cache that the config declares; scales may be missing, then they are 1.0 (§8)."""
     element = read_settings(contents).kv_cache
-    return KVCacheSpec(element, kv_scales(contents)) if element else None
+    affine = [name for name in contents.tensors if name.rpartition(".")[2] in ("k_bias", "v_bias")]
+    if element and affine:  # FP8_AFFINE declares plain FP8: the biases tell
+        raise Unsupported(
+            "an affine key-value cache", where=affine[0], found="a bias of cached keys or values",
+            wanted="a cache with scales alone", remedy="export the model again with kv_cache_qformat fp8 or none",
+            more=tuple(affine)[1:],
+        )
+    return demand_scales(contents, KVCacheSpec(element, kv_scales(contents))) if element else None
 
 
 def canonicalize(layer: Layer, tensors: Mapping[str, Tensor]) -> QuantizedWeight | Dense:

@@ -7,6 +7,7 @@ is a Dense layer; everything else (norms, biases of nothing, buffers) stays a pl
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from anybit.checkpoints.contents import FLOAT_DTYPES, Contents
@@ -34,15 +35,35 @@ def recognizes(contents: Contents) -> bool:
 
 
 def declare(contents: Contents) -> dict[str, Layer]:
-    """Every matrix as a Dense layer."""
-    return dense_layers(contents, taken=())
+    """Every matrix as a Dense layer, experts as [E, N, K] whichever way they are stacked."""
+    layers = dense_layers(contents, taken=())
+    turned = {name for name, layer in layers.items() if layer.kind == "experts" and _is_turned(layer, layers)}
+    return {name: _turned(layer) if name in turned else layer for name, layer in layers.items()}
+
+
+def _is_turned(layer: Layer, layers: Mapping[str, Layer]) -> bool:
+    """True for experts stored [E, in, out], as transformers has them for gpt-oss and Llama 4.
+
+    Seen from both projections: gate_up makes twice what down reads, and reads what down makes.
+    """
+    stem = layer.name.rpartition(".")[0]
+    gate_up, down = layers.get(f"{stem}.gate_up_proj"), layers.get(f"{stem}.down_proj")
+    if gate_up is None or down is None:
+        return False
+    return gate_up.shape[1:] == (down.shape[2], 2 * down.shape[1])
+
+
+def _turned(layer: Layer) -> Layer:
+    count, columns, rows = layer.shape
+    return replace(layer, shape=(count, rows, columns), storage={**layer.storage, "transposed": True})
 
 
 def canonicalize(layer: Layer, tensors: Mapping[str, Tensor]) -> Dense:
-    """The stored tensor itself."""
+    """The stored tensor itself, or its view as [E, N, K]."""
     from anybit.weights import Dense
 
-    return Dense(layer.scheme, tensors["weight"], tensors.get("bias"))
+    weight = tensors["weight"]
+    return Dense(layer.scheme, weight.mT if layer.storage.get("transposed") else weight, tensors.get("bias"))
 
 
 def dense_layers(contents: Contents, taken: Collection[str]) -> dict[str, Layer]:

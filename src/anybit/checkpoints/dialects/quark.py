@@ -10,15 +10,16 @@ Rules, worked examples and sources with versions: docs/formats/quark.md. `_share
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from anybit.checkpoints.contents import Contents
 from anybit.checkpoints.dialects import plain as unquantized
-from anybit.checkpoints.dialects._shared.kv_scales import kv_scales
+from anybit.checkpoints.dialects._shared.kv_scales import demand_scales, kv_scales
 from anybit.checkpoints.dialects._shared.quark_config import WHERE, Config, read_config
 from anybit.checkpoints.dialects._shared.quark_headers import quantized_layers
-from anybit.errors import Damaged, Inconsistent, Unsupported
-from anybit.schemes import KVCacheSpec, Layer
+from anybit.errors import Damaged, Unsupported
+from anybit.schemes import KVCacheSpec, Layer, Offset
 
 if TYPE_CHECKING:
     import torch
@@ -46,18 +47,27 @@ def declare(contents: Contents) -> dict[str, Layer]:
     """
     layers = quantized_layers(contents, read_config(contents.quantization))
     taken = {name for layer in layers.values() for name in layer.tensors.values()}
-    return layers | unquantized.dense_layers(contents, taken)
+    return layers | {n: _with_scale(contents, layer) for n, layer in unquantized.dense_layers(contents, taken).items()}
+
+
+def _with_scale(contents: Contents, layer: Layer) -> Layer:
+    """Claim the scale, always 1, that Quark stores beside a weight of dtype float16 or bfloat16."""
+    scale = f"{layer.name}.weight_scale"
+    if scale not in contents.tensors:
+        return layer
+    notes = (*layer.notes, "its dtype is a wide float: the scale beside it is not used")
+    return replace(layer, tensors={**layer.tensors, "unused_scale": scale}, notes=notes)
 
 
 def kv_cache(contents: Contents) -> KVCacheSpec | None:
     """The cache that the config declares or whose scales are stored; a missing scale is 1.0 (§8)."""
     config = read_config(contents.quantization)
     scales = kv_scales(contents, output_scales=True)
-    scales |= {n.removesuffix(_LATENT): (n, n) for n in contents.tensors if n.endswith(_LATENT)}
-    if not scales and not config.kv_patterns:
+    latent = {n.removesuffix(_LATENT): (n, n) for n in contents.tensors if n.endswith(_LATENT)}
+    if not scales and not latent and not config.kv_patterns:
         return None
     _refuse_other_caches(config)
-    return KVCacheSpec("fp8_e4m3fn", scales)
+    return demand_scales(contents, KVCacheSpec("fp8_e4m3fn", scales | latent, latent=frozenset(latent)))
 
 
 def _refuse_other_caches(config: Config) -> None:
@@ -88,18 +98,20 @@ def plain(contents: Contents) -> dict[str, str]:
 def canonicalize(layer: Layer, tensors: Mapping[str, Tensor]) -> QuantizedWeight | Dense:
     """The canonical weight; codes stay packed where they are packed along K in the order of the bit stream.
 
-    Raises Damaged for values that no writer means, Inconsistent for zero points of a symmetric weight that are not 0.
+    Zero points of a weight that the config calls symmetric count where they are not 0, as Quark itself counts them.
+    Raises Damaged for values that no writer means.
     """
     from anybit.weights import QuantizedWeight
 
     if not layer.scheme.is_quantized:
         return unquantized.canonicalize(layer, tensors)
+    offset, zeros = _zero_points(layer, tensors)
     return QuantizedWeight(
-        scheme=layer.scheme,
+        scheme=replace(layer.scheme, offset=offset),
         shape=layer.shape,
         stored_codes=_CODES[str(layer.storage["codes"])](layer, tensors["weight"]),
         scales=_scales(layer, tensors),
-        offset=_zero_points(layer, tensors),
+        offset=zeros,
         activation=_activation(layer, tensors),
         bias=_bias(layer, tensors),
     )
@@ -256,28 +268,27 @@ def _biased(exponents: Tensor, where: str) -> Tensor:
     return (signed.to(torch.int16) + 127).to(torch.uint8)
 
 
-def _zero_points(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """Zero points on their grid; None where none are stored or a symmetric weight stores zeros."""
+def _zero_points(layer: Layer, tensors: Mapping[str, Tensor]) -> tuple[Offset | None, Tensor | None]:
+    """Zero points on their grid and what they are; None where none are stored or a symmetric weight stores zeros."""
     role = "weight_zero_point_2" if layer.scheme.order == "code_first" else "weight_zero_point"
     kind = layer.storage["zeros"]
     if not kind or role not in tensors:
-        return None
-    zeros = _unpacked_zeros(layer, tensors[role], str(kind))
-    if layer.scheme.offset is None:
-        if bool((zeros != 0).any()):
-            raise Inconsistent("zero points of a symmetric weight are not 0", where=layer.tensors[role],
-                               found=f"{int((zeros != 0).sum())} of {zeros.numel()}", wanted="0, or symmetric false",
-                               remedy="use the config.json that was written with these weights")
-        return None
+        return None, None
+    offset = layer.scheme.offset
+    if offset is None:
+        if not bool((tensors[role] != 0).any()):
+            return None, None
+        element = "float32" if kind == "integers" else layer.scheme.element
+        offset = Offset("zero_point", element, layer.scheme.scales[0].block)
+    zeros = _unpacked_zeros(layer, tensors[role], str(kind), offset)
     if layer.storage["has_transposed_scales"]:
         zeros = zeros.t().contiguous()
-    if layer.scheme.offset.format == "float32":
-        return zeros.float()
-    is_scalar = zeros.numel() == 1
-    return zeros.reshape(1, 1) if is_scalar else zeros.reshape(layer.shape[0], -1)
+    if offset.format == "float32":
+        return offset, zeros.float()
+    return offset, zeros.reshape(1, 1) if zeros.numel() == 1 else zeros.reshape(layer.shape[0], -1)
 
 
-def _unpacked_zeros(layer: Layer, zeros: Tensor, kind: str) -> Tensor:
+def _unpacked_zeros(layer: Layer, zeros: Tensor, kind: str, offset: Offset) -> Tensor:
     """Stored zero points one an element, along N as stored."""
     from anybit.numerics.formats import number_format
     from anybit.numerics.packing import unpack_stream
@@ -289,8 +300,7 @@ def _unpacked_zeros(layer: Layer, zeros: Tensor, kind: str) -> Tensor:
         return _signed(unpack_stream(zeros, 3, rows), "int3")
     if kind == "bytes":
         return _pairs_of_bits(zeros)[..., :rows]
-    offset = layer.scheme.offset
-    if kind == "integers" or offset is None:
+    if kind == "integers":
         return zeros
     if zeros.element_size() == 1:
         return zeros.view(_torch_dtype(offset.format))

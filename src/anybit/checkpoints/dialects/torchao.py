@@ -18,7 +18,13 @@ from anybit.checkpoints.checks import expect_dtype, expect_shape
 from anybit.checkpoints.contents import FLOAT_DTYPES, Contents, TensorInfo
 from anybit.checkpoints.dialects import plain
 from anybit.checkpoints.dialects._shared import torchao_activations as activations
-from anybit.checkpoints.dialects._shared.torchao_header import HEADER, Parameter, has_parameters, parameters
+from anybit.checkpoints.dialects._shared.torchao_header import (
+    HEADER,
+    Parameter,
+    has_parameters,
+    parameters,
+    with_current_names,
+)
 from anybit.errors import Damaged, Inconsistent, Unsupported
 from anybit.schemes import CHANNEL, TENSOR, Block, Layer, LayerKind, Offset, ScaleLevel, Scheme, group
 
@@ -40,6 +46,11 @@ _INTS: Final = tuple(f"int{bits}" for bits in range(1, 9))
 def recognizes(contents: Contents) -> bool:
     """True if the configuration names torchao."""
     return "torchao" in contents.quant_method
+
+
+def with_known_names(contents: Contents) -> Contents:
+    """The contents with the names that `declare` reads, whatever version of torchao gave them."""
+    return with_current_names(contents)
 
 
 def declare(contents: Contents) -> dict[str, Layer]:
@@ -103,7 +114,7 @@ def _int8(parameter: Parameter) -> Layer:
         expect_dtype(zero, "I8", *FLOAT_DTYPES)
         # zeros are stored for symmetric weights too: int8 ones count when they are read
         offset = Offset("zero_point", FLOAT_DTYPES[zero.dtype], block) if zero.dtype in FLOAT_DTYPES else None
-    static = "act_quant_scale" in parameter.pieces
+    static = _static_scale(parameter, "act_quant_scale")
     activation = activations.intx(parameter) if is_narrow else activations.int8(parameter, is_static=static)
     scheme = Scheme(element, (_float_level(scale, block),), offset=offset, activation=activation)
     return _layer(parameter, shape, scheme)
@@ -156,7 +167,7 @@ def _float8(parameter: Parameter) -> Layer:
     _expect_grid(scale, shape, sizes)
     scheme = Scheme(_FP8_ELEMENTS[codes.dtype], (_float_level(scale, block),),
                     activation=activations.float8(parameter))
-    return _layer(parameter, shape, scheme)
+    return _layer(parameter, shape, scheme, lower_bound=activations.float8_lower_bound(parameter))
 
 
 def _mx(parameter: Parameter) -> Layer:
@@ -190,7 +201,7 @@ def _nvfp4(parameter: Parameter) -> Layer:
         if above.elements not in (1, math.prod(shape[:-2])):
             raise _unfit(above, [math.prod(shape[:-2]), 1, 1])
         levels.append(ScaleLevel("float32", TENSOR))
-    activation = activations.nvfp4(parameter, size, is_static="act_per_tensor_scale" in parameter.pieces)
+    activation = activations.nvfp4(parameter, size, is_static=_static_scale(parameter, "act_per_tensor_scale"))
     return _layer(parameter, shape, Scheme("fp4_e2m1", tuple(levels), activation=activation), swizzled=is_swizzled)
 
 
@@ -277,6 +288,15 @@ def _swizzled(parameter: Parameter, shape: tuple[int, ...], size: int) -> bool:
     elif scale.elements != -(-rows // 128) * 128 * -(-columns // 4) * 4:
         raise _unfit(scale, f"{-(-rows // 128)} x {-(-columns // 4)} tiles of 512 scales")
     return found
+
+
+def _static_scale(parameter: Parameter, piece: str) -> bool:
+    """True if a scale of the activations is stored; it is one number."""
+    info = parameter.pieces.get(piece)
+    if info is not None and info.elements != 1:
+        raise Unsupported("static activation scales for single tokens", where=info.name, found=str(list(info.shape)),
+                          wanted="one number", remedy="quantize the model anew with PerTensor activations")
+    return info is not None
 
 
 def _float_level(info: TensorInfo, block: Block) -> ScaleLevel:
@@ -400,12 +420,17 @@ def _pre_scale(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def _activation(layer: Layer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Static tensors of the activation, under the names of its recipe."""
+    """Static tensors and constants of the activation, under the names of its recipe."""
+    import torch
+
     from anybit.checkpoints.dialects._shared import stored
 
     if layer.scheme.activation is None or layer.scheme.activation.dynamic:
-        return {}
+        bound = layer.storage.get("lower_bound")
+        return {} if layer.scheme.activation is None or bound is None else {"lower_bound": torch.tensor([bound])}
     role = "act_per_tensor_scale" if layer.storage["class"] == "NVFP4Tensor" else "act_quant_scale"
+    if role not in tensors:  # NVFP4 of one level: block scales alone
+        return {"scale": torch.ones(1)}
     found = {"scale": stored.one_value(tensors[role], layer.tensors[role])}
     if (zero := tensors.get("act_quant_zero_point")) is not None and bool(zero.any()):
         found["zero_point"] = zero.reshape(1)

@@ -21,6 +21,7 @@ WHERE: Final = "config.json: quantization_config"
 FORMATS: Final = (
     "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
     "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized", "mixed-precision", "dense", "fakequant",
+    "nvfp4-e5m3-pack-quantized",  # AutoRound's own
 )
 _REFUSED_FORMATS: Final = {
     "marlin-24": "2:4 sparse weights in Marlin's order",
@@ -228,6 +229,7 @@ PRESETS: Final[Mapping[str, tuple[Args, Args | None]]] = {
     "W8A8": (_INT8_CHANNEL, _INT8_TOKEN),
     "INT8": (_INT8_CHANNEL, _INT8_TOKEN),
     **{f"W{bits}A8": (_w(bits), _INT8_TOKEN) for bits in range(2, 8)},
+    **{f"W{bits}A4": (_w(bits), Args("int", 4, True, "token", dynamic="dynamic")) for bits in range(2, 5)},
     "W4AFP8": (_w(4), _FP8_TOKEN),
     "FP8": (Args("float", 8, True, "tensor"), Args("float", 8, True, "tensor")),
     "FP8_DYNAMIC": (_FP8_CHANNEL, _FP8_TOKEN),
@@ -237,6 +239,7 @@ PRESETS: Final[Mapping[str, tuple[Args, Args | None]]] = {
                          scale_dtype="float8_e4m3fn")),
     "MXFP4A16": (_w(4, **_MX), None),
     "MXFP4": (_w(4, **_MX), _w(4, **_MX, dynamic="dynamic")),
+    "MXFP4XFP8": (_w(4, **_MX), _w(8, type="float", dynamic="dynamic")),
     "MXFP6A16": (_w(6, **_MX), None),
     "MXFP6A8": (_w(6, **_MX), _MXFP8_INPUT),
     "MXFP8A16": (_w(8, **_MX), None),

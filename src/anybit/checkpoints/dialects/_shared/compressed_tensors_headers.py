@@ -15,7 +15,7 @@ from anybit.checkpoints.checks import expect_dtype, expect_shape, need
 from anybit.checkpoints.contents import FLOAT_DTYPES, Contents, TensorInfo
 from anybit.checkpoints.dialects import plain
 from anybit.checkpoints.dialects._shared.compressed_tensors_activations import input_spec, output_spec
-from anybit.checkpoints.dialects._shared.compressed_tensors_config import WHERE, Args, Config, Group
+from anybit.checkpoints.dialects._shared.compressed_tensors_config import Args, Config, Group
 from anybit.errors import Damaged, Inconsistent, LimitExceeded, Unsupported
 from anybit.limits import MAX_DIM
 from anybit.schemes import CHANNEL, TENSOR, Block, Layer, Offset, ScaleLevel, Scheme, group
@@ -33,6 +33,7 @@ class Module:
     name: str
     group: Group
     config: Config
+    remarks: tuple[str, ...] = ()
     packing: str = ""
 
     @property
@@ -60,6 +61,8 @@ class Module:
         expect_dtype(packed, "U8", "I32")
         if self.tensor("weight_global_scale") is not None or scale.dtype == "F8_E4M3":
             return "nvfp4"
+        if len(scale.shape) == len(packed.shape) == 2 and scale.shape[1] * 8 == packed.shape[1]:
+            return "nvfp4_e5m3"
         return "mxfp6" if self.weights.bits == 6 else "mxfp4"
 
     def layer(self) -> Layer:
@@ -75,10 +78,11 @@ class Module:
             )
         weight = storage.read(self)
         names = {leaf: f"{self.name}.{leaf}" for leaf in weight.leaves}
-        notes = self._notes(storage)
-        where = f"{WHERE}.config_groups.{self.group.name}"
-        activation, leaves = input_spec(self.group.inputs, f"{where}.input_activations")
-        output, output_leaves = output_spec(self.group.outputs, f"{where}.output_activations")
+        activation, leaves, remark = input_spec(self.group.inputs)
+        output, output_leaves, output_remark = output_spec(self.group.outputs)
+        if kind == "nvfp4_e5m3" and activation is not None and activation.recipe == "nvfp4":
+            activation, leaves = replace(activation, recipe="fp4_ue5m3_autoround"), ()
+        notes = tuple(note for note in (*self.remarks, *self._notes(storage), remark, output_remark) if note)
         for leaf in (*leaves, *output_leaves):
             self._expect_static(leaf)
             names[leaf] = f"{self.name}.{leaf}"
@@ -368,6 +372,18 @@ def _read_nvfp4(module: Module) -> _Weight:
     return _Weight((rows, columns), Scheme("fp4_e2m1", levels), leaves, {"codes": "fp4"})
 
 
+def _read_nvfp4_e5m3(module: Module) -> _Weight:
+    """AutoRound's: unsigned e5m3 scales of 16 inputs, and none above them."""
+    packed, scale = module.need("weight_packed"), module.need("weight_scale")
+    rows, row_bytes = _matrix(packed)
+    columns = row_bytes * 2
+    _expect_group(module, 16, columns)
+    expect_dtype(scale, "U8")
+    expect_shape(scale, (rows, columns // 16))
+    scheme = Scheme("fp4_e2m1", (ScaleLevel("ue5m3", group(16)),))
+    return _Weight((rows, columns), scheme, ("weight_packed", "weight_scale"), {"codes": "fp4"})
+
+
 def _expect_group(module: Module, size: int, columns: int) -> None:
     args = module.weights
     if args.strategy not in ("group", "tensor_group") or args.group_size != size or columns % size:
@@ -392,6 +408,7 @@ _STORAGES: Final[Mapping[str, _Storage]] = {
     "int8": _Storage("int", tuple(range(1, 9)), ("int-quantized", "naive-quantized"), _read_int8),
     "fp8": _Storage("float", (8,), ("float-quantized", "naive-quantized"), _read_fp8),
     "nvfp4": _Storage("float", (4,), ("nvfp4-pack-quantized",), _read_nvfp4),
+    "nvfp4_e5m3": _Storage("float", (4,), ("nvfp4-e5m3-pack-quantized",), _read_nvfp4_e5m3),
     "mxfp4": _Storage("float", (4,), ("mxfp4-pack-quantized",), _read_mxfp4),
     "mxfp6": _Storage("float", (6,), ("mxfp6-pack-quantized",), _read_mxfp6),
     "mxfp8": _Storage("float", (8,), ("mxfp8-quantized",), _read_mxfp8),

@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 
 from anybit.checkpoints.contents import JSON, Contents
 from anybit.checkpoints.dialects._shared import config_values as values
-from anybit.errors import Inconsistent, Unsupported
+from anybit.errors import Damaged, Inconsistent, Unsupported
 
 SIDE_FILE: Final = "hf_quant_config.json"
 
@@ -96,7 +96,7 @@ def _settings(raw: JSON, where: str) -> Settings:
         algorithm=(values.text(raw, "quant_algo", where) or "").upper(),
         layers={name: _rule(rules, name, f"{where}.quantized_layers") for name in rules},
         exclude=exclude,
-        group_size=max(values.integer(raw, "group_size", where, least=-1) or 0, 0),
+        group_size=_group_size(raw, where),
         weight_only=bool(groups) and not any(values.table(groups, g, where).get("input_activations") for g in groups),
         kv_cache=_kv_cache(raw, where),
     )
@@ -105,8 +105,16 @@ def _settings(raw: JSON, where: str) -> Settings:
 def _rule(rules: JSON, name: str, where: str) -> LayerRule:
     raw = values.table(rules, name, where)
     place = f"{where}.{name}"
-    group_size = values.integer(raw, "group_size", place, least=-1) or 0
-    return LayerRule((values.text(raw, "quant_algo", place) or "").upper(), max(group_size, 0))
+    return LayerRule((values.text(raw, "quant_algo", place) or "").upper(), _group_size(raw, place))
+
+
+def _group_size(raw: JSON, where: str) -> int:
+    """The declared group size, 0 where the file says none, or -1 for whole rows."""
+    size = values.integer(raw, "group_size", where, least=-1)
+    if size == 0:
+        raise Damaged("group_size has no sound value", where=where, found="0", wanted="-1 or a positive integer",
+                      remedy="compare the file with the one where you got the model")
+    return max(size or 0, 0)
 
 
 def _kv_cache(raw: JSON, where: str) -> str:
@@ -132,7 +140,8 @@ def _merged(first: tuple[str, Settings], second: tuple[str, Settings]) -> Settin
     def one(what: str, x: _T, y: _T) -> _T:
         if x and y and x != y:
             raise Inconsistent(f"config.json and {SIDE_FILE} disagree about {what}", where=there,
-                               found=f"{here}: {x} · {there}: {y}"[:400], wanted="the same in both",
+                               found=f"{here}: {_shown(x, y)} · {there}: {_shown(y, x)}"[:400],
+                               wanted="the same in both",
                                remedy="keep the file that the exporting tool wrote last")
         return x or y
 
@@ -145,6 +154,15 @@ def _merged(first: tuple[str, Settings], second: tuple[str, Settings]) -> Settin
         weight_only=a.weight_only or b.weight_only,
         kv_cache=one("the key-value cache", a.kv_cache, b.kv_cache),
     )
+
+
+def _shown(value: object, other: object) -> str:
+    """A value as text; of names or layers what the other side lacks or tells otherwise."""
+    if isinstance(value, frozenset) and isinstance(other, frozenset):
+        return ", ".join(sorted(value - other)) or "nothing more"
+    if isinstance(value, dict) and isinstance(other, dict):
+        return ", ".join(f"{name} {value[name]}" for name in value if other.get(name) != value[name]) or "nothing more"
+    return str(value)
 
 
 def _algorithms(settings: Settings) -> dict[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from anybit.checkpoints.checks import expect_dtype, expect_shape, need
+from anybit.checkpoints.checks import expect_dtype, expect_shape, need, need_all
 from anybit.checkpoints.contents import FLOAT_DTYPES, Contents, TensorInfo
 from anybit.checkpoints.dialects import plain
 from anybit.checkpoints.dialects._shared.modelopt_config import LayerRule, Settings
@@ -42,8 +42,9 @@ def _exclusion(settings: Settings) -> Callable[[str], bool]:
 
 
 def _modules_with_codes(contents: Contents) -> list[tuple[str, bool]]:
-    """(name, is a stack of experts) of all weights in a code dtype; one without its scale is refused."""
+    """(name, is a stack of experts) of all weights in a code dtype; those without their scales are refused."""
     modules = []
+    scales = []
     for name, info in contents.tensors.items():
         if info.dtype not in _CODE_DTYPES:
             if info.dtype.startswith("F8_") and len(info.shape) >= 2:
@@ -52,11 +53,12 @@ def _modules_with_codes(contents: Contents) -> list[tuple[str, bool]]:
         elif name.endswith(".weight"):
             module = name.removesuffix(".weight")
             if f"{module}.weight_scale_inv" not in contents.tensors:
-                need(contents, f"{module}.weight_scale", module)
+                scales.append(f"{module}.weight_scale")
             modules.append((module, False))
         elif f"{name}_weight_scale" in contents.tensors or (len(info.shape) == 3 and not name.endswith("_scale")):
-            need(contents, f"{name}_weight_scale", name)
+            scales.append(f"{name}_weight_scale")
             modules.append((name, True))
+    need_all(contents, scales)
     return modules
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from anybit.checkpoints.checks import expect_dtype, expect_shape, need
+from anybit.checkpoints.checks import expect_dtype, expect_shape, need_all
 from anybit.checkpoints.contents import FLOAT_DTYPES, Contents
 from anybit.checkpoints.dialects._shared.quark_activations import asks_for_scales, input_spec
 from anybit.checkpoints.dialects._shared.quark_config import Config, LayerConfig
@@ -35,20 +35,21 @@ def quantized_layers(contents: Contents, config: Config) -> dict[str, Layer]:
     """Layers with codes; raises Unsupported or Inconsistent, naming the module, where one cannot be read."""
     _refuse_run_time_parts(contents, config)
     choice = _Choice(config)
+    codes = (n for n, info in contents.tensors.items() if n.endswith(".weight") and info.dtype in _CODE_DTYPES)
+    need_all(contents, (f"{name}_scale" for name in codes))
     layers = {}
     for name, info in contents.tensors.items():
         module, _, leaf = name.rpartition(".")
         has_scale = f"{module}.weight_scale" in contents.tensors
         if leaf == "weight" and (info.dtype in _CODE_DTYPES or (has_scale and info.dtype not in FLOAT_DTYPES)):
             layers[module] = _layer(contents, module, config, choice)
-        elif leaf == "weight" and has_scale:
+        elif leaf == "weight" and has_scale and not choice.keeps_wide(module):
             raise Unsupported("an unquantized weight beside a scale", where=module, found=info.dtype,
                               wanted=" · ".join(_CODE_DTYPES), remedy="export the model again as real_quantized")
     return layers
 
 
 def _layer(contents: Contents, name: str, config: Config, choice: _Choice) -> Layer:
-    need(contents, f"{name}.weight_scale", name)
     found = {role: info for role in ROLES if (info := contents.tensors.get(f"{name}.{role}")) is not None}
     module = Module(contents, name, config, found)
     weight = found["weight"]
@@ -138,6 +139,11 @@ class _Choice:
 
     def is_cache(self, module: str) -> bool:
         return any(self.cache.first(name) is not None for name in _spellings(module))
+
+    def keeps_wide(self, module: str) -> bool:
+        """True if the first config that may mean a module gives its weight a wide float as dtype."""
+        first = next((candidate for tier in self._tiers(module) for candidate in tier), None)
+        return first is not None and [spec.dtype for spec in first.weight] in (["float16"], ["bfloat16"])
 
     def fitting(self, module: Module) -> tuple[LayerConfig, Fit]:
         """The first config that fits; of one tier those first whose inputs agree with the stored input scales."""

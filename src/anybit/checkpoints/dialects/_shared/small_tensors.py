@@ -16,6 +16,7 @@ from anybit.checkpoints.jsonfile import open_regular
 from anybit.errors import Damaged, LimitExceeded
 
 MOST_BYTES: Final = 65_536  # of one such tensor; the longest genuine one, a quant_state, has about 200
+_WINDOW: Final = 4096  # bytes read at once: writers sort by dtype and name, so that descriptions lie side by side
 # dtype -> letter of `struct`
 _LETTERS: Final = {"BOOL": "?", "U8": "B", "I8": "b", "I16": "h", "I32": "i", "I64": "q", "F16": "e", "F32": "f",
                    "F64": "d"}
@@ -27,6 +28,7 @@ class SmallTensors:
     def __init__(self) -> None:
         """Nothing is open yet."""
         self._open: dict[Path, int] = {}
+        self._windows: dict[Path, tuple[int, bytes]] = {}  # what was read last of each file, and where
 
     def __enter__(self) -> Self:
         return self
@@ -41,16 +43,23 @@ class SmallTensors:
         if info.nbytes > MOST_BYTES:
             raise LimitExceeded("too large for a description", where=where, found=f"{info.nbytes:,} bytes",
                                 wanted=f"at most {MOST_BYTES:,}", remedy="the file is damaged: download it again")
-        if info.file not in self._open:
-            self._open[info.file] = open_regular(info.file)
-        try:
-            found = os.pread(self._open[info.file], info.nbytes, info.offset)
-        except OSError as error:
-            raise Damaged("cannot be read", where=where, found=error.strerror or str(error)) from error
+        start, window = self._windows.get(info.file, (0, b""))
+        if not start <= info.offset <= info.offset + info.nbytes <= start + len(window):
+            start, window = self._windows[info.file] = (info.offset, self._read(info, where))
+        found = window[info.offset - start : info.offset - start + info.nbytes]
         if len(found) != info.nbytes:
             raise Damaged("changed while being read", where=where, found=f"{len(found)} bytes",
                           wanted=f"{info.nbytes} bytes", remedy="open the checkpoint again when nothing writes to it")
         return found
+
+    def _read(self, info: TensorInfo, where: str) -> bytes:
+        """The tensor's bytes and some that follow in the file."""
+        if info.file not in self._open:
+            self._open[info.file] = open_regular(info.file)
+        try:
+            return os.pread(self._open[info.file], max(info.nbytes, _WINDOW), info.offset)
+        except OSError as error:
+            raise Damaged("cannot be read", where=where, found=error.strerror or str(error)) from error
 
     def numbers(self, info: TensorInfo) -> list[int | float]:
         """All elements. Raises Damaged for a dtype that no description has."""

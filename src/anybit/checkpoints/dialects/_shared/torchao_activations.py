@@ -10,6 +10,10 @@ from anybit.errors import Damaged, Unsupported
 from anybit.schemes import ActivationSpec, Granularity
 
 E4M3: Final = "fp8_e4m3fn"
+FP8_DTYPES: Final = {"float8_e4m3fn": E4M3, "float8_e5m2": "fp8_e5m2"}
+MX_RECIPES: Final = {  # scaling_mode -> recipe; torchao's own default was FLOOR before RCEIL
+    "RCEIL": "mx_rceil_torchao", "FLOOR": "mx_floor_torchao", "CEIL": "mx_ceil_torchao", "EVEN": "mx_even_torchao",
+}
 
 
 def intx(parameter: Parameter) -> ActivationSpec | None:
@@ -35,14 +39,11 @@ def int8(parameter: Parameter, *, is_static: bool) -> ActivationSpec | None:
     if granularity == "group":
         raise _unknown(parameter, "granularity", "groups", "PerRow or PerTensor")
     is_reduced = bool(found.get("reduce_range"))
+    element = "int7" if is_reduced else "int8"
     if is_static:
-        if is_reduced or granularity != "tensor":
-            raise _unknown(parameter, "static arguments", found, "PerTensor over the full range")
-        return ActivationSpec("int8", False, "tensor", "int8_static", symmetric=is_symmetric)
-    if is_reduced and not is_symmetric:
-        raise _unknown(parameter, "reduce_range", "true with ASYMMETRIC", "SYMMETRIC")
+        return ActivationSpec(element, False, "tensor", "int8_static", symmetric=is_symmetric)
     recipe = "torchao_int8_token" if is_symmetric else "torchao_int8_token_asym"
-    return ActivationSpec("int7" if is_reduced else "int8", True, granularity, recipe, symmetric=is_symmetric)
+    return ActivationSpec(element, True, granularity, recipe, symmetric=is_symmetric)
 
 
 def int4(parameter: Parameter) -> ActivationSpec | None:
@@ -56,50 +57,59 @@ def int4(parameter: Parameter) -> ActivationSpec | None:
 
 
 def float8(parameter: Parameter) -> ActivationSpec | None:
-    """Float8Tensor: by row, for the whole call, or by groups of 128."""
+    """Float8Tensor: by row, for the whole call, or by groups of 128; the bound is the one from above."""
     found = _arguments(parameter)
     if found is None:
         return None
     dtype = str(found.get("float8_dtype") or "float8_e4m3fn").removeprefix("torch.")
-    if dtype != "float8_e4m3fn":
-        raise _unknown(parameter, "float8_dtype", dtype, "float8_e4m3fn")
-    if found.get("hp_value_lb") is not None:
-        raise _unknown(parameter, "hp_value_lb", found["hp_value_lb"], "null")
-    bound = found.get("hp_value_ub")
-    if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound < 1e38):
-        raise Damaged("hp_value_ub has no sound value", where=parameter.where, found=repr(bound)[:80],
-                      wanted="a positive number, or null")
+    if dtype not in FP8_DTYPES:
+        raise _unknown(parameter, "float8_dtype", dtype, " or ".join(FP8_DTYPES))
     granularity, size = _granularity(parameter, found)
-    return ActivationSpec(E4M3, True, granularity, "torchao_fp8_token", group_size=size,
-                          bound=None if bound is None else float(bound))
+    return ActivationSpec(FP8_DTYPES[dtype], True, granularity, "torchao_fp8_token", group_size=size,
+                          bound=_bound(parameter, found, "hp_value_ub"))
+
+
+def float8_lower_bound(parameter: Parameter) -> float | None:
+    """What the row maximum is raised to, None where nothing says it."""
+    return _bound(parameter, _arguments(parameter) or {}, "hp_value_lb")
+
+
+def _bound(parameter: Parameter, arguments: JSON, key: str) -> float | None:
+    found = arguments.get(key)
+    if found is None:
+        return None
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < 1e38:
+        raise Damaged(f"{key} has no sound value", where=parameter.where, found=repr(found)[:80],
+                      wanted="a positive number, or null")
+    return float(found)
 
 
 def mx(parameter: Parameter, element: str, size: int) -> ActivationSpec | None:
-    """MXTensor: the same kind of element by blocks, shared exponents rounded up (RCEIL)."""
+    """MXTensor: the same kind of element by blocks, shared exponents rounded as `scaling_mode` says."""
     found = _arguments(parameter)
     if found is None:
         return None
-    names = {"float8_e4m3fn": E4M3, "float8_e5m2": "fp8_e5m2", "float4_e2m1fn_x2": "fp4_e2m1"}
+    names = {**FP8_DTYPES, "float4_e2m1fn_x2": "fp4_e2m1"}
     told = found.get("elem_dtype")
     own = element if told is None else names.get(str(told).removeprefix("torch."))
     if own is None:
         raise _unknown(parameter, "elem_dtype", told, ", ".join(names))
     mode = str(found.get("scaling_mode") or "RCEIL").upper()
-    if mode != "RCEIL":
-        raise _unknown(parameter, "scaling_mode", mode, "RCEIL")
+    if mode not in MX_RECIPES:
+        raise _unknown(parameter, "scaling_mode", mode, ", ".join(MX_RECIPES))
     if found.get("block_size") not in (None, size):
         raise _unknown(parameter, "block_size", found["block_size"], str(size))
-    return ActivationSpec(own, True, "group", "mx_rceil_torchao", group_size=size)
+    return ActivationSpec(own, True, "group", MX_RECIPES[mode], group_size=size)
 
 
 def nvfp4(parameter: Parameter, size: int, *, is_static: bool) -> ActivationSpec | None:
-    """NVFP4Tensor: blocks of 16 under a scale of the call, or under the stored one."""
+    """NVFP4Tensor: blocks of 16 under a scale of the call, under the stored one, or (neither) under 1."""
     found = _arguments(parameter)
     if found is None:
         return None
-    if found.get("use_dynamic_per_tensor_scale") is False and not is_static:
-        raise _unknown(parameter, "use_dynamic_per_tensor_scale", "false, no act_per_tensor_scale", "one of the two")
-    return ActivationSpec("fp4_e2m1", not is_static, "group", "torchao_nvfp4", group_size=size)
+    told = found.get("use_dynamic_per_tensor_scale")
+    is_dynamic = told if isinstance(told, bool) else not is_static
+    return ActivationSpec("fp4_e2m1", is_dynamic, "group", "torchao_nvfp4", group_size=size)
 
 
 def _arguments(parameter: Parameter) -> JSON | None:
