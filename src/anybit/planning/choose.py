@@ -1,22 +1,75 @@
-"""The one chooser: for every distinct layer, the layout and the kernels of least modelled time.
+"""The one chooser: for every distinct layer, the layout and the kernels of least time.
 
 A layer has one stored layout; the kernels of its three regimes read it. So the choice is among layouts: the sum of
-their best kernels' times over the regimes, weighted by how a chat uses them.
+their best kernels' times over the regimes, weighted by how a chat uses them. A time is measured where a measurement of
+this very product is at hand, and modelled otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Final, NamedTuple
 
 from anybit.errors import Unsupported
 from anybit.kernels.catalogue import KERNELS
 from anybit.kernels.request import REGIMES, KernelSpec, Reason, Regime, Request
+from anybit.planning.invariance import reason_against_invariance
 from anybit.platforms import Platform
 
 # calls of each regime for one answer of 200 tokens to a prompt of 512: what the sum of prices stands for
 WEIGHTS: Final[Mapping[Regime, float]] = {"decode": 200.0, "small": 1.0, "prefill": 1.0}
+
+MeasuredKey = tuple[str, str, int, int, Regime]
+"""(kernel, printed scheme, N, K, regime)."""
+# reasons that say a kernel is made for other layers, not that something is wanting
+NOT_MEANT: Final = frozenset({"quantized", "unquantized", "kind"})
+
+
+def _nothing_measured() -> Mapping[MeasuredKey, float]:
+    return MappingProxyType({})
+
+
+def _none_wrong() -> Mapping[tuple[str, str], str]:
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What narrows and informs every choice of a plan, beside the platform.
+
+    strict            only kernels that carry out the declared arithmetic without further rounding
+    batch_invariant   one kernel for all M, whose rows do not depend on their batch
+    measured          seconds of one call on this machine
+    disproved         (kernel, printed scheme) -> what was wrong when it ran here: such kernels are left out
+    """
+
+    strict: bool = False
+    batch_invariant: bool = False
+    measured: Mapping[MeasuredKey, float] = field(default_factory=_nothing_measured)
+    disproved: Mapping[tuple[str, str], str] = field(default_factory=_none_wrong)
+
+
+@dataclass(frozen=True)
+class Price:
+    """Seconds of one call, and whether they were measured here or modelled from bytes and operations."""
+
+    seconds: float
+    is_measured: bool = False
+
+    @property
+    def source(self) -> str:
+        """The word for a reader."""
+        return "measured" if self.is_measured else "modelled"
+
+
+class Chosen(NamedTuple):
+    """A kernel and its price in a regime."""
+
+    spec: KernelSpec
+    price: Price
 
 
 @dataclass(frozen=True)
@@ -29,17 +82,45 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Better:
+    """A kernel that would be faster, and what stands against it.
+
+    times   how many times faster, over the regimes named
+    """
+
+    kernel: str
+    regimes: tuple[Regime, ...]
+    times: float
+    needs: tuple[Reason, ...]
+
+
+@dataclass(frozen=True)
 class Choice:
     """Layout and kernels of one request, with every refusal.
 
-    kernels   regime -> (kernel, modelled seconds)
-    slower    kernels that could run it but were dearer: name -> modelled seconds over the regimes
+    kernels   regime -> kernel and price
+    slower    layouts that could run it but are dearer: name -> seconds over the weighted regimes
+    better    kernels that would be faster but for reasons that could be removed
     """
 
     layout: str
-    kernels: Mapping[Regime, tuple[KernelSpec, float]]
-    refused: tuple[Refusal, ...]
-    slower: Mapping[str, float]
+    kernels: Mapping[Regime, Chosen]
+    refused: tuple[Refusal, ...] = ()
+    slower: Mapping[str, float] = field(default_factory=dict)
+    better: tuple[Better, ...] = ()
+
+    @property
+    def spec(self) -> KernelSpec:
+        """The kernel of a decode step, whose implementation stores the weight."""
+        return self.kernels["decode"].spec
+
+    @property
+    def names(self) -> dict[Regime, str]:
+        """regime -> name of the kernel: what an implementation is prepared for."""
+        return {regime: chosen.spec.name for regime, chosen in self.kernels.items()}
+
+
+Layouts = dict[str, dict[Regime, Chosen]]
 
 
 def regimes_of(request: Request) -> tuple[Regime, ...]:
@@ -47,78 +128,161 @@ def regimes_of(request: Request) -> tuple[Regime, ...]:
     return ("decode",) if request.kind == "embedding" else tuple(REGIMES)
 
 
-def choose(request: Request, platform: Platform, override: str | None = None) -> Choice | tuple[Refusal, ...]:
+def choose(
+    request: Request,
+    platform: Platform,
+    override: str | None = None,
+    policy: Policy | None = None,
+    pinned: Mapping[Regime, str] | None = None,
+) -> Choice | tuple[Refusal, ...]:
     """The choice for a layer, or all refusals where no layout covers its regimes.
 
-    `override` names a kernel that must be used wherever its layout allows; raises Unsupported with the kernel's own
-    reasons where it cannot run.
+    override  a kernel that must be used in every regime that it can run; the others take the cheapest of its layout.
+              Raises Unsupported with the kernel's own reasons where it can run none.
+    pinned    exactly these kernels, of a plan that was made before; refusals where one cannot run
     """
+    policy = policy or Policy()
     refused: list[Refusal] = []
-    candidates: dict[str, dict[Regime, tuple[KernelSpec, float]]] = {}
-    for spec in KERNELS:
-        for regime in regimes_of(request):
-            asked = replace(request, regime=regime)
-            verdict = spec.can_implement(asked, platform)
-            if not verdict.ok:
-                refused.append(Refusal(spec.name, regime, verdict.reasons))
-                continue
-            seconds = spec.seconds(asked, platform)
-            best = candidates.setdefault(spec.layout, {}).get(regime)
-            if best is None or seconds < best[1]:
-                candidates[spec.layout][regime] = (spec, seconds)
-    wanted = set(regimes_of(request))
-    complete = {layout: found for layout, found in candidates.items() if set(found) == wanted}
+    able: dict[Regime, list[Chosen]] = {}
+    for regime in regimes_of(request):
+        asked = replace(request, regime=regime)
+        able[regime] = []
+        for spec in KERNELS:
+            reasons = tuple(reasons_against(spec, asked, platform, policy))
+            if reasons:
+                refused.append(Refusal(spec.name, regime, reasons))
+            else:
+                able[regime].append(Chosen(spec, price_of(spec, asked, platform, policy)))
+    if pinned is not None:
+        able = {regime: [c for c in found if c.spec.name == pinned.get(regime)] for regime, found in able.items()}
     if override is not None:
-        complete = _only(complete, override, refused)
+        able = _with_override(able, override, refused)
+    complete = _one_kernel_each(able) if policy.batch_invariant else _cheapest(able)
+    in_order = tuple(sorted(refused, key=lambda r: [k.name for k in KERNELS].index(r.kernel)))
     if not complete:
-        return tuple(refused)
+        return in_order
     total = {layout: _total(found) for layout, found in complete.items()}
     layout = min(total, key=lambda name: total[name])
-    chosen = complete[layout]
     slower = {name: seconds for name, seconds in total.items() if name != layout}
-    return Choice(layout, chosen, tuple(refused), slower)
+    better = tuple(_better(request, platform, policy, complete[layout], in_order))
+    return Choice(layout, complete[layout], in_order, slower, better)
+
+
+def reasons_against(spec: KernelSpec, asked: Request, platform: Platform, policy: Policy) -> Iterator[Reason]:
+    """Everything that keeps a kernel from the request: its own reasons, then those of the policy."""
+    own = spec.can_implement(asked, platform).reasons
+    if policy.batch_invariant and spec.is_batch_invariant:  # such a kernel takes any M; it is only not the fastest
+        own = tuple(reason for reason in own if reason.code != "regime")
+    yield from own
+    if not own and policy.strict:
+        yield from _strict_reasons(spec, asked, platform)
+    if policy.batch_invariant:  # lookup tables too: a tied head multiplies by them
+        yield from reason_against_invariance(spec, asked.scheme)
+    wrong = policy.disproved.get((spec.name, str(asked.scheme)))
+    if wrong is not None:
+        yield Reason("disproved", f"was wrong when it was tried on this machine: {wrong}", {"found": wrong})
+
+
+def changes_of(spec: KernelSpec, asked: Request, platform: Platform) -> Iterator[str]:
+    """What a kernel does otherwise than the checkpoint declares, in words."""
+    if asked.scheme.activation is not None and spec.executes(asked, platform) == "weight-only":
+        yield f"activations are not quantized ({asked.scheme.activation} declared)"
+    rounds = spec.rounds(asked, platform)
+    if rounds is not None:
+        yield f"rounds {rounds}"
+
+
+def _strict_reasons(spec: KernelSpec, asked: Request, platform: Platform) -> Iterator[Reason]:
+    for change in changes_of(spec, asked, platform):
+        yield Reason("strict", f"changes the declared arithmetic: {change}", {"change": change})
+
+
+def price_of(spec: KernelSpec, asked: Request, platform: Platform, policy: Policy) -> Price:
+    """Measured if a measurement of this product by this kernel is at hand, else the kernel's model."""
+    rows, columns = asked.shape[-2:]
+    found = policy.measured.get((spec.name, str(asked.scheme), rows, columns, asked.regime))
+    return Price(spec.seconds(asked, platform)) if found is None else Price(found, is_measured=True)
 
 
 def demand_known(kernel: str) -> None:
     """Raise Unsupported, with the list of names, for a kernel that does not exist."""
     names = [k.name for k in KERNELS]
     if kernel not in names:
-        raise Unsupported(f"no kernel is called {kernel!r}", wanted="one of: " + ", ".join(names))
+        near = get_close_matches(kernel, names, n=2)
+        raise Unsupported(f"no kernel is called {kernel!r}", found=kernel, wanted="one of: " + ", ".join(names),
+                          remedy=f"perhaps {' or '.join(near)}" if near else "`anybit explain MODEL` shows why not")
 
 
-def _total(found: Mapping[Regime, tuple[KernelSpec, float]]) -> float:
-    return sum(WEIGHTS[regime] * seconds for regime, (_, seconds) in found.items())
+def _cheapest(able: Mapping[Regime, list[Chosen]]) -> Layouts:
+    """Layout -> its cheapest kernel in every regime, for the layouts that cover all."""
+    made: Layouts = {}
+    for regime, found in able.items():
+        for chosen in found:
+            best = made.setdefault(chosen.spec.layout, {}).get(regime)
+            if best is None or chosen.price.seconds < best.price.seconds:
+                made[chosen.spec.layout][regime] = chosen
+    return {layout: found for layout, found in made.items() if set(found) == set(able)}
 
 
-def _only(
-    complete: dict[str, dict[Regime, tuple[KernelSpec, float]]], override: str, refused: list[Refusal]
-) -> dict[str, dict[Regime, tuple[KernelSpec, float]]]:
+def _one_kernel_each(able: Mapping[Regime, list[Chosen]]) -> Layouts:
+    """Layout -> the one kernel of least time that runs every regime."""
+    made: Layouts = {}
+    for name in dict.fromkeys(chosen.spec.name for found in able.values() for chosen in found):
+        same = {regime: c for regime, found in able.items() for c in found if c.spec.name == name}
+        if set(same) != set(able):
+            continue
+        layout = same["decode"].spec.layout
+        if layout not in made or _total(same) < _total(made[layout]):
+            made[layout] = same
+    return made
+
+
+def _total(found: Mapping[Regime, Chosen]) -> float:
+    return sum(WEIGHTS[regime] * chosen.price.seconds for regime, chosen in found.items())
+
+
+def _with_override(
+    able: dict[Regime, list[Chosen]], override: str, refused: list[Refusal]
+) -> dict[Regime, list[Chosen]]:
+    """`able` narrowed to the kernel where it can run, and to its layout elsewhere."""
     demand_known(override)
-    layout = next(k.layout for k in KERNELS if k.name == override)
-    if layout not in complete:
+    spec = next(k for k in KERNELS if k.name == override)
+    narrowed = {}
+    for regime, found in able.items():
+        same_layout = [chosen for chosen in found if chosen.spec.layout == spec.layout]
+        narrowed[regime] = [chosen for chosen in same_layout if chosen.spec is spec] or same_layout
+    runs = any(chosen.spec is spec for found in narrowed.values() for chosen in found)
+    if not runs or not all(narrowed.values()):
         reasons = [f"{r.regime}: {reason.text}" for r in refused if r.kernel == override for reason in r.reasons]
         raise Unsupported(
             f"kernel {override} cannot run this layer",
-            found="; ".join(dict.fromkeys(reasons)) or "its layout does not cover every regime",
+            found="; ".join(dict.fromkeys(reasons)) or "no kernel of its layout covers the other regimes",
             wanted="a kernel without refusals",
             remedy="leave --kernel out, or see `anybit explain`",
         )
-    return {layout: complete[layout]}
+    return narrowed
 
 
-def reasons_to_dict(refused: tuple[Refusal, ...]) -> list[dict[str, Any]]:
-    """Refusals as data, the regimes with equal reasons folded."""
-    folded: dict[tuple[str, tuple[str, ...]], dict[str, Any]] = {}
+# --- what would be faster ---------------------------------------------------------------------------------------------
+
+# codes of reasons that a user can remove for this checkpoint on this chip: an installation or an option
+_REMOVABLE: Final = frozenset({"provider", "dtype", "strict", "batch-invariant"})
+_WORTH_NAMING: Final = 1.05  # a kernel less than 5 % faster is not better
+
+
+def _better(
+    request: Request, platform: Platform, policy: Policy, chosen: Mapping[Regime, Chosen], refused: tuple[Refusal, ...]
+) -> Iterator[Better]:
+    """Kernels whose modelled time would be less, with the reasons that would have to go."""
+    specs = {k.name: k for k in KERNELS}
+    by_kernel: dict[tuple[str, tuple[Reason, ...]], list[tuple[Regime, float]]] = {}
     for refusal in refused:
-        key = (refusal.kernel, tuple(r.text for r in refusal.reasons))
-        row = folded.setdefault(
-            key,
-            {
-                "kernel": refusal.kernel,
-                "regimes": [],
-                "reason": "; ".join(key[1]),
-                "reasons": [r.to_dict() for r in refusal.reasons],
-            },
-        )
-        row["regimes"].append(refusal.regime)
-    return list(folded.values())
+        if not _REMOVABLE.issuperset(reason.code for reason in refusal.reasons):
+            continue
+        spec, asked = specs[refusal.kernel], replace(request, regime=refusal.regime)
+        then = price_of(spec, asked, platform, policy).seconds
+        times = chosen[refusal.regime].price.seconds / then if then > 0 else 0.0
+        if times >= _WORTH_NAMING:
+            by_kernel.setdefault((refusal.kernel, refusal.reasons), []).append((refusal.regime, times))
+    for (kernel, reasons), found in by_kernel.items():
+        yield Better(kernel, tuple(regime for regime, _ in found), max(times for _, times in found), reasons)

@@ -1,25 +1,42 @@
 """The plan: a versioned document of what runs where and why, made from headers and a platform alone.
 
-A plan is a pure function of (layers, config, platform, options): no tensor is read and torch is not imported.
+A plan is a pure function of (layers, config, platform, options, measurements): no tensor is read and torch is not
+imported. `to_dict` and `from_dict` are inverses; `replay.py` runs a document again, `difference.py` compares two.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Final, Protocol
 
-from anybit.errors import Unsupported
-from anybit.kernels.request import REGIMES, Regime, Request
-from anybit.planning.choose import Choice, Refusal, choose, demand_known, reasons_to_dict
+from anybit.errors import Damaged, Unsupported
+from anybit.kernels.request import REGIMES, Execution, Regime, Request
+from anybit.planning.choose import Choice, Policy, Refusal, changes_of, choose
 from anybit.planning.memory import DTYPE_BYTES, Memory, predict
+from anybit.planning.overrides import Overrides
+from anybit.planning.passes import is_tied, multiplications
+from anybit.planning.records import (
+    better_to_dict,
+    choice_from_dict,
+    plain,
+    platform_from_dict,
+    reasons_to_dict,
+    refusals_from_dict,
+    scheme_from_dict,
+    scheme_to_dict,
+)
+from anybit.planning.units import Part, Unit, units_from_dict, units_of, units_to_dict
 from anybit.platforms import Platform
 from anybit.schemes import Layer, LayerKind, Scheme
 
-VERSION: Final = 1
+VERSION: Final = 2
 Quantize = Callable[[Layer], Scheme | None]
+PinnedKernels = Mapping[str, Mapping[Regime, str]]
+"""layer -> regime -> kernel, of a plan that is replayed."""
 
 
 class Planned(Protocol):
@@ -42,11 +59,33 @@ class Planned(Protocol):
         """Number of elements in tensors that belong to no layer."""
 
 
+_HOW: Final[Mapping[Execution, str]] = {
+    "native": "multiplied by the chip in these formats",
+    "exact emulation": "decoded exactly, float32 sums",
+    "weight-only": "weights decoded, the declared activation quantization left out",
+    "unquantized": "",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """Arithmetic that differs from what the checkpoint declares, and for which layers."""
+
+    layers: tuple[str, ...]
+    what: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The change as data."""
+        return {"layers": list(self.layers), "what": self.what}
+
+
 @dataclass(frozen=True)
 class PlanUnit:
     """Layers of equal kind, scheme and shape, which run on the same kernels.
 
     declared  the scheme in the checkpoint; `scheme` what runs (they differ under --quantization)
+    runs      how often the matrix is multiplied in one pass of a regime, through all the layers: of experts those that
+              some token chooses
     """
 
     layers: tuple[str, ...]
@@ -57,27 +96,59 @@ class PlanUnit:
     choice: Choice
     dtype: str
     stored_bytes: int
+    platform: Platform
+    runs: Mapping[Regime, float] = field(default_factory=dict)
+
+    def seconds(self, regime: Regime) -> float | None:
+        """Time of one pass through all its layers; None where the regime does not occur."""
+        chosen = self.choice.kernels.get(regime)
+        return None if chosen is None else self.runs[regime] * chosen.price.seconds
+
+    def request(self, regime: Regime = "decode") -> Request:
+        """What a kernel is asked for this unit."""
+        return Request(self.kind, self.scheme, self.shape, self.dtype, regime)
+
+    @property
+    def executions(self) -> dict[Regime, Execution]:
+        """How each regime carries out the declared arithmetic."""
+        return {r: chosen.spec.executes(self.request(r), self.platform) for r, chosen in self.choice.kernels.items()}
+
+    @property
+    def rounds(self) -> dict[Regime, str | None]:
+        """What each regime rounds beyond the declared arithmetic."""
+        return {r: chosen.spec.rounds(self.request(r), self.platform) for r, chosen in self.choice.kernels.items()}
 
     @property
     def executed(self) -> str:
-        """The executed arithmetic in words."""
-        element = self.scheme.activation.element if self.scheme.activation else None
+        """The executed arithmetic of a decode step in words."""
         if self.kind == "embedding":
             return f"{self.scheme.element} rows looked up, decoded to {self.dtype}"
         if not self.scheme.is_quantized:
             return f"{self.dtype} product"
-        left = f"{self.scheme.element} weights"
-        right = f"{element} activations" if element else f"{self.dtype} activations"
-        return f"{left} × {right}, decoded to float32 exactly, float32 sums"
+        how = self.executions["decode"]
+        activation = self.scheme.activation
+        right = activation.element if activation is not None and how != "weight-only" else self.dtype
+        return f"{self.scheme.element} weights × {right} activations, {_HOW[how]}"
+
+    def changes(self) -> Iterator[Change]:
+        """Where this unit runs other arithmetic than declared."""
+        if self.scheme != self.declared:
+            yield Change(self.layers, f"quantized while loading: {self.declared} declared, {self.scheme} executed")
+        found: dict[str, list[Regime]] = {}
+        for regime, chosen in self.choice.kernels.items():
+            for change in changes_of(chosen.spec, self.request(regime), self.platform):
+                found.setdefault(f"{chosen.spec.name}: {change}", []).append(regime)
+        for change, regimes in found.items():
+            yield Change(self.layers, f"{change} (in {', '.join(regimes)})")
 
     def kernel(self, regime: Regime) -> str:
         """Name of the kernel in a regime (lookups have one kernel)."""
-        found = self.choice.kernels.get(regime) or self.choice.kernels["decode"]
-        return found[0].name
+        return (self.choice.kernels.get(regime) or self.choice.kernels["decode"]).spec.name
 
     def to_dict(self) -> dict[str, Any]:
         """The unit as data."""
-        request = Request(self.kind, self.scheme, self.shape, self.dtype)
+        executions, rounds = self.executions, self.rounds
+        assumes = self.choice.spec.assumes(self.request())
         return {
             "layers": list(self.layers),
             "count": len(self.layers),
@@ -85,23 +156,46 @@ class PlanUnit:
             "shape": list(self.shape),
             "scheme": str(self.scheme),
             "declared": str(self.declared),
+            "scheme_fields": scheme_to_dict(self.scheme),
+            "declared_fields": scheme_to_dict(self.declared),
             "executed": self.executed,
-            "execution": next(iter(self.choice.kernels.values()))[0].execution(request),
+            "execution": executions["decode"],
+            "changes": [change.what for change in self.changes()],
             "layout": self.choice.layout,
             "bytes_each": self.stored_bytes,
+            "runs_a_pass": dict(self.runs),
             "kernels": {
-                regime: {"name": spec.name, "about": spec.about, "modelled_seconds": seconds}
-                for regime, (spec, seconds) in self.choice.kernels.items()
+                regime: {
+                    "name": spec.name, "about": spec.about, "execution": executions[regime], "rounds": rounds[regime],
+                    "seconds": price.seconds, "price": price.source,
+                    "workspace_bytes": spec.workspace(self.request(regime)),
+                }
+                for regime, (spec, price) in self.choice.kernels.items()
             },
-            "kernel": {"name": self.kernel("decode"), "about": self.choice.kernels["decode"][0].about},
+            "kernel": {"name": self.kernel("decode"), "about": self.choice.spec.about},
+            "preconditions": [{"condition": assumes, "otherwise": "torch-tiled"}] if assumes else [],
             "refused": reasons_to_dict(self.choice.refused),
-            "slower": [{"layout": name, "modelled_seconds": s} for name, s in self.choice.slower.items()],
+            "slower": [{"layout": name, "seconds": s} for name, s in self.choice.slower.items()],
+            "better": better_to_dict(self.choice.better),
         }
+
+
+def _unit_from_dict(row: Mapping[str, Any], dtype: str, platform: Platform) -> PlanUnit:
+    return PlanUnit(
+        tuple(row["layers"]), row["kind"], scheme_from_dict(row["declared_fields"]),
+        scheme_from_dict(row["scheme_fields"]), tuple(row["shape"]), choice_from_dict(row), dtype, row["bytes_each"],
+        platform, dict(row["runs_a_pass"]),
+    )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What runs each layer of a checkpoint on a platform, and what it needs."""
+    """What runs each layer of a checkpoint on a platform, and what it needs.
+
+    joined    layers that read the same input, and whether they run as one product
+    policy    what narrowed the choice
+    kernels   the rules of --kernel, as given
+    """
 
     dialect: str
     platform: Platform
@@ -111,21 +205,48 @@ class Plan:
     refused: Mapping[str, tuple[Refusal, ...]] = field(default_factory=dict)
     quantization: str | None = None
     notes: tuple[str, ...] = ()
+    kv_cache: Mapping[str, Any] | None = None
+    joined: tuple[Unit, ...] = ()
+    policy: Policy = field(default_factory=Policy)
+    kernels: tuple[str, ...] = ()
 
     def unit_of(self, layer: str) -> PlanUnit:
         """The unit that a layer belongs to; KeyError for a refused or unknown one."""
-        return self._by_layer()[layer]
+        return self._by_layer[layer]
 
+    @cached_property
     def _by_layer(self) -> dict[str, PlanUnit]:
         return {name: unit for unit in self.units for name in unit.layers}
+
+    @cached_property
+    def _joined_layers(self) -> frozenset[tuple[str, ...]]:
+        return frozenset(unit.layers for unit in self.joined if unit.is_joined)
+
+    def runs_as_one(self, layers: tuple[str, ...]) -> bool:
+        """True if these layers, in this order, run as one product."""
+        return layers in self._joined_layers
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """Everything that runs otherwise than the checkpoint declares."""
+        found = [change for unit in self.units for change in unit.changes()]
+        cache = self.kv_cache
+        if cache is not None and not cache["is_executed"]:
+            found.append(Change((), f"key-value cache: {cache['declared']} declared, {cache['executed']} executed"))
+        return tuple(found)
 
     @property
     def changes_declared(self) -> bool:
         """True if some layer runs other arithmetic than the checkpoint declares."""
-        return any(unit.scheme != unit.declared for unit in self.units)
+        return bool(self.changes)
 
     def demand_complete(self) -> None:
-        """Raise Unsupported, naming the modules and every kernel's reasons, unless all layers run."""
+        """Raise Unsupported unless every layer runs and, under a strict policy, as declared.
+
+        The error names the modules and every kernel's reasons, or the changes.
+        """
+        if self.policy.strict:
+            self._demand_declared()
         if not self.refused:
             return
         name, refusals = next(iter(self.refused.items()))
@@ -135,8 +256,30 @@ class Plan:
             where=name,
             found=" · ".join(sorted(reasons)),
             wanted="one kernel without refusals",
-            remedy="run on another platform: `anybit explain MODEL --on h100`",
+            remedy=self._remedy(refusals),
             more=tuple(self.refused)[1:],
+        )
+
+    def _remedy(self, refusals: tuple[Refusal, ...]) -> str:
+        if any(reason.code == "disproved" for refusal in refusals for reason in refusal.reasons):
+            return "mend or update what was wrong, then `anybit prove MODEL --forget`; or run on another platform"
+        narrowing = [f"--{word}" for word, on in (("batch-invariant", self.policy.batch_invariant),
+                                                  ("strict", self.policy.strict)) if on]
+        without = f"leave {' and '.join(narrowing)} out, or " if narrowing else ""
+        return f"{without}run on another platform: `anybit explain MODEL --on h100`"
+
+    def _demand_declared(self) -> None:
+        changes = self.changes
+        if not changes:
+            return
+        layers = [name for change in changes for name in change.layers]
+        raise Unsupported(
+            "the plan changes the arithmetic that the checkpoint declares",
+            where=layers[0] if layers else "",
+            found=" · ".join(dict.fromkeys(change.what for change in changes)),
+            wanted="the declared arithmetic (--strict)",
+            remedy="leave --strict out, or the options that change it (--quantization, --kv-cache none, --kernel)",
+            more=layers[1:],
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,17 +287,61 @@ class Plan:
         document: dict[str, Any] = {
             "version": VERSION,
             "dialect": self.dialect,
-            "platform": self.platform.to_dict(),
+            "platform": plain(self.platform.to_dict()),
             "dtype": self.dtype,
             "quantization": self.quantization,
+            "policy": {"strict": self.policy.strict, "batch_invariant": self.policy.batch_invariant},
+            "kernels": list(self.kernels),
             "regimes": {name: {"up_to_tokens": most, "priced_at_tokens": m} for name, (most, m) in REGIMES.items()},
             "units": [unit.to_dict() for unit in self.units],
+            "joined": units_to_dict(self.joined),
             "refused": {name: reasons_to_dict(found) for name, found in self.refused.items()},
+            "changes": [change.to_dict() for change in self.changes],
             "memory": self.memory.to_dict(),
+            "kv_cache": None if self.kv_cache is None else plain(self.kv_cache),
             "notes": list(self.notes),
         }
-        text = json.dumps(document, sort_keys=True)
-        return {**document, "digest": hashlib.sha256(text.encode()).hexdigest()}
+        return {**document, "digest": digest_of(document)}
+
+    @staticmethod
+    def from_dict(document: Mapping[str, Any]) -> Plan:
+        """The plan of a document, with its digest, kernels and platform as they were written.
+
+        Raises Damaged or Unsupported for another version, a digest that does not fit, a missing field, or a kernel
+        that does not exist any more (`replay.demand_sound`).
+        """
+        from anybit.planning.replay import demand_sound
+
+        try:
+            return Plan._from_sound(demand_sound(document))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # whoever changed it made a digest as well
+            raise Damaged("no plan, or a changed one", found=f"{type(error).__name__}: {error}",
+                          wanted="what `anybit explain MODEL --save plan.json` writes",
+                          remedy="make it again") from error
+
+    @staticmethod
+    def _from_sound(document: Mapping[str, Any]) -> Plan:
+        policy, platform = document["policy"], platform_from_dict(document["platform"])
+        return Plan(
+            dialect=document["dialect"],
+            platform=platform,
+            dtype=document["dtype"],
+            units=tuple(_unit_from_dict(row, document["dtype"], platform) for row in document["units"]),
+            memory=Memory.from_dict(document["memory"]),
+            refused={name: refusals_from_dict(rows) for name, rows in document["refused"].items()},
+            quantization=document["quantization"],
+            notes=tuple(document["notes"]),
+            kv_cache=document["kv_cache"],
+            joined=units_from_dict(document["joined"]),
+            policy=Policy(strict=policy["strict"], batch_invariant=policy["batch_invariant"]),
+            kernels=tuple(document["kernels"]),
+        )
+
+
+def digest_of(document: Mapping[str, Any]) -> str:
+    """SHA-256 of a document without its own digest."""
+    text = json.dumps({k: v for k, v in document.items() if k != "digest"}, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def plan_layers(
@@ -162,34 +349,60 @@ def plan_layers(
     platform: Platform,
     *,
     dtype: str,
-    kernel: str | None = None,
+    kernel: str | Overrides | None = None,
     quantize: Quantize | None = None,
     quantization: str | None = None,
+    policy: Policy | None = None,
+    pinned: PinnedKernels | None = None,
 ) -> Plan:
-    """Choose kernels for every layer; layers of equal kind, scheme and shape become one unit.
+    """Choose kernels for every layer; layers of equal kind, scheme, shape and rule become one unit.
 
-    `quantize` gives the scheme that a layer is quantized to while loading, None to leave it.
+    kernel    rules of --kernel, or a kernel's name for all quantized layers
+    quantize  gives the scheme that a layer is quantized to while loading, None to leave it
+    policy    strictness, batch invariance, measurements
+    pinned    kernels of an earlier plan: exactly these
     """
-    if kernel is not None:
-        demand_known(kernel)
-    groups: dict[tuple[LayerKind, Scheme, Scheme, tuple[int, ...]], list[Layer]] = {}
+    policy = policy or Policy()
+    rules = kernel if isinstance(kernel, Overrides) else Overrides.parse([kernel] if kernel else [])
+    wanted = rules.by_layer(checkpoint.layers.values())
+    fixed = pinned or {}
+    schemes = {layer.name: (quantize(layer) if quantize is not None else None) or layer.scheme
+               for layer in checkpoint.layers.values()}
+    groups: dict[tuple[object, ...], list[Layer]] = {}
     for layer in checkpoint.layers.values():
-        scheme = (quantize(layer) if quantize is not None else None) or layer.scheme
-        groups.setdefault((layer.kind, layer.scheme, scheme, layer.shape), []).append(layer)
+        kernels = tuple(fixed.get(layer.name, {}).items())
+        key = (layer.kind, layer.scheme, schemes[layer.name], layer.shape, wanted.get(layer.name), kernels)
+        groups.setdefault(key, []).append(layer)
+    tied = is_tied(checkpoint.layers)
     units = []
     refused: dict[str, tuple[Refusal, ...]] = {}
-    for (kind, declared, scheme, shape), layers in groups.items():
-        request = Request(kind, scheme, shape, dtype)
-        choice = choose(request, platform, kernel if scheme.is_quantized else None)
+    for layers in groups.values():
+        first = layers[0]
+        request = Request(first.kind, schemes[first.name], first.shape, dtype)
+        rule = wanted.get(first.name)
+        override = None if rule is None else rule.kernel_for(request, platform)
+        choice = choose(request, platform, override, policy, None if pinned is None else fixed.get(first.name, {}))
         if not isinstance(choice, Choice):
             refused |= {layer.name: choice for layer in layers}
             continue
-        spec = choice.kernels["decode"][0]
         names = tuple(layer.name for layer in layers)
-        stored = spec.stored_bytes(request)
-        units.append(PlanUnit(names, kind, declared, scheme, shape, choice, dtype, stored))
-    memory = _memory(checkpoint, units, dtype)
-    return Plan(checkpoint.dialect, platform, dtype, tuple(units), memory, refused, quantization)
+        stored = choice.spec.stored_bytes(request)
+        runs = {regime: multiplications(first.kind, names, first.shape, checkpoint.config, m, tied=tied)
+                for regime, (_, m) in REGIMES.items()}
+        units.append(PlanUnit(names, first.kind, first.scheme, request.scheme, first.shape, choice, dtype, stored,
+                              platform, runs))
+    plan = Plan(checkpoint.dialect, platform, dtype, tuple(units), _memory(checkpoint, units, dtype), refused,
+                quantization, rules.notes(wanted), policy=policy, kernels=rules.texts)
+    return replace(plan, joined=tuple(_joined(plan, checkpoint)))
+
+
+def _joined(plan: Plan, checkpoint: Planned) -> Iterator[Unit]:
+    def part_of(name: str) -> Part | None:
+        unit = None if name in plan.refused else plan.unit_of(name)
+        layer = checkpoint.layers[name]
+        return None if unit is None else Part(layer, unit.scheme, unit.choice.layout, unit.choice.names)
+
+    return units_of(checkpoint.layers, part_of, pinned=plan.policy.batch_invariant)
 
 
 def _memory(checkpoint: Planned, units: list[PlanUnit], dtype: str) -> Memory:
@@ -201,6 +414,7 @@ def _memory(checkpoint: Planned, units: list[PlanUnit], dtype: str) -> Memory:
         checkpoint.config,
         dtype,
         max((layer.shape[-1] * layer.shape[-2] for layer in layers.values()), default=0),
+        max((c.spec.workspace(u.request(r)) for u in units for r, c in u.choice.kernels.items()), default=0),
     )
 
 

@@ -4,8 +4,9 @@
 (vendor, arch, features), never one number compared across vendors.
 """
 
+from anybit.platforms.archs import ARCHS, Arch
 from anybit.platforms.detection import detect
 from anybit.platforms.platform import Platform
 from anybit.platforms.table import PLATFORMS, named
 
-__all__ = ["PLATFORMS", "Platform", "detect", "named"]
+__all__ = ["ARCHS", "PLATFORMS", "Arch", "Platform", "detect", "named"]

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Final
 
 from anybit.errors import DeviceProblem
+from anybit.platforms.archs import ARCHS
 from anybit.platforms.platform import Platform
-from anybit.platforms.table import PLATFORMS
+from anybit.platforms.table import OF_ARCH, PLATFORMS
+from anybit.platforms.table import features as features_of
 
 _TIMEOUT: Final = 2.0
+_KFD: Final = Path("/sys/class/kfd/kfd/topology/nodes")
 # what a kernel may ask for, as Linux spells it in /proc/cpuinfo
 _CPU_FLAGS: Final = frozenset(
     {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_vbmi", "amx_tile",
@@ -67,7 +70,7 @@ def _cpu() -> Platform:
     flags, model = _cpuinfo()
     features = frozenset(flags & _CPU_FLAGS)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    basis = PLATFORMS["cpu-avx512"] if "avx512f" in features else PLATFORMS["cpu"]
+    basis = _nearest_cpu(host.machine(), features)
     share = cores / basis.cores
     return Platform(
         name=model or "cpu",
@@ -82,6 +85,13 @@ def _cpu() -> Platform:
         sources={"bandwidth": "modelled from the number of cores", "rates": "modelled from the number of cores"},
         is_detected=True,
     )
+
+
+def _nearest_cpu(arch: str, features: frozenset[str]) -> Platform:
+    """The described CPU of this arch with the most features that the one at hand has, and none that it lacks."""
+    rows = [p for p in PLATFORMS.values() if p.vendor == "cpu" and p.arch == arch]
+    able = [p for p in rows if p.features - {"neon"} <= features]
+    return max(able or rows or [PLATFORMS["cpu"]], key=lambda p: len(p.features) if able else -len(p.features))
 
 
 def _cpuinfo() -> tuple[set[str], str]:
@@ -111,51 +121,76 @@ def _nvidia(index: int) -> Platform | None:
     tool = shutil.which("nvidia-smi")
     if tool is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return None
-    query = [tool, "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits"]
+    query = [tool, "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=_TIMEOUT, check=True)  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return None
     rows = [line.split(", ") for line in done.stdout.strip().splitlines()]
-    if index >= len(rows) or len(rows[index]) != 3:
+    index = _physical(index, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    if index >= len(rows) or len(rows[index]) != 4:
         return None
-    name, capability, mebibytes = rows[index]
-    arch = "sm_" + capability.strip().replace(".", "")
-    return _from_table(name.strip(), "nvidia", arch, int(float(mebibytes)) * 2**20)
+    name, capability, mebibytes, driver = (word.strip() for word in rows[index])
+    arch = "sm_" + capability.replace(".", "")
+    memory = int(mebibytes) * 2**20 if mebibytes.isdigit() else 0  # "[N/A]" where the memory is the host's (GB10)
+    return _from_table(name, "nvidia", arch, memory, driver)
+
+
+def _physical(index: int, visible: str) -> int:
+    """The device that a process sees under `index`, where a list of numbers says which it sees."""
+    numbers = [word.strip() for word in visible.split(",") if word.strip()]
+    is_list = bool(numbers) and all(word.isdigit() for word in numbers)
+    return int(numbers[index]) if is_list and index < len(numbers) else index
 
 
 def _amd(index: int) -> Platform | None:
     """AMD's kernel driver describes each node in files: gfx_target_version 90402 is gfx942."""
-    nodes = Path("/sys/class/kfd/kfd/topology/nodes")
     found = []
-    for node in sorted(nodes.glob("*/properties"), key=lambda p: p.parent.name.zfill(4)):
-        try:
-            properties = dict(line.split() for line in node.read_text().splitlines() if len(line.split()) == 2)
-        except OSError:
-            continue
-        version = int(properties.get("gfx_target_version", "0"))
+    for node in sorted(_KFD.glob("*/properties"), key=lambda p: p.parent.name.zfill(4)):
+        version = _properties(node).get("gfx_target_version", 0)
         if version:
             major, minor, step = version // 10000, version // 100 % 100, version % 100
             found.append((f"gfx{major}{minor:x}{step:x}", node.parent))
+    index = _physical(index, os.environ.get("HIP_VISIBLE_DEVICES", ""))
     if index >= len(found):
         return None
     arch, folder = found[index]
-    memory = 0
-    for bank in folder.glob("mem_banks/*/properties"):
-        for line in bank.read_text().splitlines():
-            if line.startswith("size_in_bytes"):
-                memory = max(memory, int(line.split()[1]))
-    return _from_table(f"AMD {arch}", "amd", arch, memory)
+    banks = (_properties(bank).get("size_in_bytes", 0) for bank in folder.glob("mem_banks/*/properties"))
+    driver = _first_line(Path("/sys/module/amdgpu/version"))
+    return _from_table(f"AMD {arch}", "amd", arch, max(banks, default=0), driver)
 
 
-def _from_table(name: str, vendor: str, arch: str, memory_bytes: int) -> Platform:
-    """The detected device with the figures of the described one that it is, or of its arch."""
+def _properties(file: Path) -> dict[str, int]:
+    """Lines `name number` of a file of the AMD driver; what a container may not read has none."""
+    try:
+        words = [line.split() for line in file.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {row[0]: int(row[1]) for row in words if len(row) == 2 and row[1].isdigit()}
+
+
+def _first_line(path: Path) -> str:
+    try:
+        return path.read_text().strip().split("\n")[0]
+    except OSError:
+        return ""
+
+
+def _from_table(name: str, vendor: str, arch: str, memory_bytes: int, driver: str) -> Platform:
+    """The detected device with the figures of the described one that it is: by name, else by arch and memory."""
     same_arch = [p for p in PLATFORMS.values() if p.vendor == vendor and p.arch == arch]
-    plain = name.lower().replace(" ", "")
-    described = next((p for p in same_arch if p.name in plain), same_arch[0] if same_arch else None)
-    if described is None:
-        described = Platform(arch, "nvidia" if vendor == "nvidia" else "amd", arch, frozenset({f"{vendor}-{arch}"}))
+    plain = name.lower().replace(" ", "").replace("-", "")
+    named_so = [p for p in same_arch if p.name.replace("-", "") in plain]
+    if named_so:
+        described = max(named_so, key=lambda p: len(p.name))
+    elif same_arch:
+        usual = OF_ARCH.get(arch)
+        described = min(same_arch, key=lambda p: (abs(p.memory_bytes - memory_bytes) if memory_bytes else 0,
+                                                  p.name != usual))
+    else:
+        known = features_of(arch) if arch in ARCHS else frozenset()
+        described = Platform(arch, "nvidia" if vendor == "nvidia" else "amd", arch, known)
     return replace(
         described, name=name, memory_bytes=memory_bytes or described.memory_bytes, providers=_providers(),
-        is_detected=True,
+        is_detected=True, driver=driver,
     )

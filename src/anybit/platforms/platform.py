@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-Vendor = Literal["cpu", "nvidia", "amd"]
+from anybit.platforms.archs import ARCHS, Arch, Fp8, Vendor
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Platform:
     providers  optional libraries that were found ("native", "triton", "aiter"), probed and never assumed
     memory_bytes, bandwidth    bytes, bytes per second
     rates      FLOP/s by operand format, dense
+    driver     its version, "" where it is not known or not needed
     sources    where a figure comes from
     """
 
@@ -31,9 +32,15 @@ class Platform:
     bandwidth: float = 0.0
     rates: Mapping[str, float] = field(default_factory=dict)
     cores: int = 0
-    fp8: Literal["fn", "fnuz", "none"] = "none"
+    fp8: Fp8 = "none"
     sources: Mapping[str, str] = field(default_factory=dict)
     is_detected: bool = False
+    driver: str = ""
+
+    @property
+    def facts(self) -> Arch | None:
+        """What its architecture has in common; None for a CPU or an architecture without a row."""
+        return ARCHS.get(self.arch)
 
     @property
     def title(self) -> str:
@@ -53,6 +60,6 @@ class Platform:
             "rates_flop_per_second": dict(self.rates),
             "cores": self.cores,
             "fp8": self.fp8,
-            "sources": dict(self.sources),
+            "sources": dict(self.sources) | ({"arch": self.facts.source} if self.facts else {}),
             "is_detected": self.is_detected,
         }
