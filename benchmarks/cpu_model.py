@@ -1,6 +1,6 @@
-"""Decode and prefill speed of the demo model on this CPU, beside llama.cpp on the same file in the same run.
+"""Decode and prefill speed of a GGUF model on this CPU, beside llama.cpp on the same file in the same run.
 
-    python benchmarks/cpu_model.py [--rounds 5] [--threads 2] [--dtype float32] [--json FILE]
+    python benchmarks/cpu_model.py [--model FILE.gguf] [--rounds 5] [--threads 2] [--dtype float32] [--json FILE]
 
 Method: prefill is one forward of 512 tokens from an empty cache; decode is 64 single-token forwards after 16 tokens,
 greedy, key-value cache kept; both engines in turn (A B A B ...), medians over the rounds. llama.cpp takes part when
@@ -84,6 +84,7 @@ def find_llama(threads: int, file: Path) -> Llama | None:
 def main() -> int:
     """Run the rounds and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2", help="a GGUF file; the demo model without it")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--dtype", default="float32")
@@ -97,7 +98,7 @@ def main() -> int:
     from anybit.hosts.meter import anonymous_bytes
 
     torch.set_num_threads(options.threads)
-    checkpoint = anybit.open("smollm2")
+    checkpoint = anybit.open(options.model)
     model = anybit.load(checkpoint, dtype=options.dtype, device="cpu", quantization=options.quantization)
     llama = find_llama(options.threads, checkpoint.path)
     our_round(model)
@@ -114,7 +115,7 @@ def main() -> int:
 
 def report(rows: dict[str, list[tuple[float, float]]], options: argparse.Namespace, held: int, torch: str) -> None:
     """Medians, spreads and ratios on stdout; JSON where asked."""
-    print(f"SmolLM2-135M Q4_1, {options.dtype} activations, {options.threads} threads, {platform.machine()}")
+    print(f"{Path(options.model).name}, {options.dtype} activations, {options.threads} threads, {platform.machine()}")
     medians: dict[str, tuple[float, float]] = {}
     for engine, rounds in rows.items():
         if not rounds:

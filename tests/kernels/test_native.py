@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from anybit.checkpoints.dialects import gguf
 from anybit.kernels import native
 from anybit.numerics.formats import number_format
 from anybit.numerics.packing import PackedCodes, pack_halves32
@@ -416,3 +417,83 @@ def test_the_loader_needs_no_torch_and_can_be_switched_off(variable: str, word: 
     environment = {**os.environ, "ANYBIT_NATIVE": variable}
     out = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert word in out.stdout
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 32), (13, 48), (29, 2080), (64, 4100), (100, 96)])
+def test_a_product_of_many_tokens_equals_the_float64_product(isa: str, rows: int, cols: int) -> None:
+    from anybit.kernels.native import library
+    from anybit.kernels.native.planes import from_weight
+    from anybit.kernels.trials import sample_weight
+    from anybit.schemes import Offset, ScaleLevel, Scheme, group
+
+    native = library()
+    assert native is not None
+    if not native.set_isa(isa):
+        pytest.skip(f"this processor lacks {isa}")
+    scheme = Scheme("uint4", (ScaleLevel("float16", group(32)),), offset=Offset("minimum", "float16", group(32)))
+    try:
+        weight = sample_weight(scheme, (rows, cols), seed=rows)
+        planes = from_weight(weight)  # type: ignore[arg-type]
+        wanted_weight = weight.dequantize().double()
+        for tokens, dtype in ((1, torch.float32), (31, torch.float16), (33, torch.bfloat16), (70, torch.float32)):
+            x = torch.randn(tokens, cols + 3).to(dtype)[:, :cols]  # rows of x lie apart
+            x[tokens // 2] = torch.nan
+            first = rows // 3
+            out = torch.full((tokens, rows - first + 5), torch.nan, dtype=torch.float32)[:, : rows - first]
+            found = planes.gemm(x, first, rows - first, out)
+            assert torch.isnan(found[tokens // 2]).all()
+            kept = torch.arange(tokens) != tokens // 2
+            wanted = (x.double() @ wanted_weight[first:].T)[kept]
+            bound = (cols + 2) * 2.0**-24 * (x.double().abs() @ wanted_weight[first:].abs().T)[kept] + 1e-30
+            assert ((found[kept].double() - wanted).abs() <= bound).all()
+    finally:
+        native.set_isa("")
+
+
+def test_rows_of_a_product_of_many_tokens_do_not_depend_on_their_number() -> None:
+    from anybit.kernels.native.planes import from_weight
+    from anybit.kernels.trials import sample_weight
+    from anybit.schemes import ScaleLevel, Scheme, group
+
+    weight = sample_weight(Scheme("int4", (ScaleLevel("bfloat16", group(64)),)), (70, 2176))
+    planes = from_weight(weight)  # type: ignore[arg-type]
+    x = torch.randn(100, 2176)
+    whole = planes.gemm(x, 0, 70, torch.empty(100, 70))
+    for first, count in ((0, 1), (5, 33), (99, 1)):
+        part = planes.gemm(x[first : first + count], 0, 70, torch.empty(count, 70))
+        assert torch.equal(part, whole[first : first + count])
+
+
+@pytest.mark.parametrize("name", sorted(gguf.SCHEMES))
+@pytest.mark.parametrize("shape", [(9, 256), (6, 768), (5, 4352)])  # 4352: more than a piece
+def test_every_form_of_gguf_files_equals_the_reference_bit_for_bit(isa: str, name: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(shape[1])
+    scheme = gguf.SCHEMES[name]
+    assert not reasons_against(scheme, shape)
+    for finite in (True, False):  # infinities, NaN and subnormals among the scales too
+        weight = build(scheme.element, shape, scheme.scales, scheme.offset, scheme.order, finite=finite)
+        planes = from_weight(weight)
+        assert equal(decoded(planes, shape[0]), weight.dequantize().expand(shape).contiguous())
+        if finite:
+            for tokens in (1, 2, 5):
+                x = torch.randn(tokens, shape[1])
+                assert_product(planes.linear(x), x, weight.dequantize().expand(shape))
+                out = torch.full((tokens, shape[0]), float("nan"))
+                assert_product(planes.gemm(x, 0, shape[0], out), x, weight.dequantize().expand(shape))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_products_of_many_tokens_with_more_rows_than_an_item_holds(isa: str, threads: int) -> None:
+    """Items of several tiles, columns of several pieces, and rows that end within a tile."""
+    torch.manual_seed(threads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for shape in [(1000, 96), (701, 2112)]:
+            weight = build("int4", shape, (ScaleLevel("float16", group(32)),))
+            planes, x = from_weight(weight), torch.randn(70, shape[1])
+            out = torch.full((70, shape[0] - 3), float("nan"))
+            assert_product(planes.gemm(x, 3, shape[0] - 3, out), x, weight.dequantize()[3:])
+    finally:
+        torch.set_num_threads(before)

@@ -26,9 +26,11 @@ def weight(rows: int, block: Block = (1, 32), bias: bool = True, columns: int = 
         torch.randint(0, 16, (rows, columns // 32), dtype=torch.uint8), bias=torch.randn(rows) if bias else None,
     )
 
+KERNELS_OF = {"decode": "native-matvec", "small": "native-expand", "prefill": "native-gemm"}
+
 
 def unit_of(weights: list[QuantizedWeight]) -> list[StoredPart]:
-    found = as_unit(weights)
+    found = as_unit(weights, KERNELS_OF)
     assert found is not None
     return found
 

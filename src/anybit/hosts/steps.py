@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anybit.kernels.native.block import release_scratch
 from anybit.kernels.native.planes import keep_threads
 
 MOST_TOKENS = 8  # the decode regime
@@ -43,6 +44,7 @@ def _before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _after(model: nn.Module, *_: Any) -> None:
     if torch.compiler.is_compiling():
         return
+    release_scratch()  # what blocks of a prompt worked in
     threads = getattr(_aside, "threads", 0)
     if threads:
         _aside.threads = 0

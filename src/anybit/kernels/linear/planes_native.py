@@ -10,6 +10,7 @@ from torch import Tensor
 
 from anybit.errors import DeviceProblem
 from anybit.kernels.catalogue import Stored
+from anybit.kernels.linear import planes as specs
 from anybit.kernels.linear.planes import in_order
 from anybit.kernels.linear.tiled_torch import Tiled, as_bits
 from anybit.kernels.native.planes import Planes as NativePlanes
@@ -17,24 +18,35 @@ from anybit.kernels.native.planes import from_weight
 from anybit.kernels.request import Regime
 from anybit.weights import Dense, QuantizedWeight, Weight
 
+MATVEC, GEMM, EXPAND = specs.MATVEC.name, specs.GEMM.name, specs.EXPAND.name
 TILE_BYTES = 4 * 2**20  # of decoded float32 for the prefill product: small enough to stay in the last-level cache
 
 
 class StoredPlanes:
     """A weight [N, K] as the compiled library reads it, its bias included."""
 
+    quantizes_input = False
+
     def __init__(
-        self, planes: NativePlanes, expanded: frozenset[Regime], permutation: Tensor | None = None
+        self, planes: NativePlanes, kernels: Mapping[Regime, str], permutation: Tensor | None = None,
+        *, pinned: bool = False,
     ) -> None:
-        """`expanded` are the regimes that decode a tile and leave the product to torch.
+        """`kernels` names the kernel of each regime; a regime that is not in it has `native-matvec`.
 
         permutation  [K] int64: column j of the planes is input permutation[j] (act-order); None: the same order
+        pinned       a row's result does not depend on M
         """
         self.shape = planes.shape
         self._permutation = permutation
         self._planes = planes
-        self._expanded = expanded
+        self._kernels = kernels
         self._tile = max(64, TILE_BYTES // (4 * max(planes.cols, 1)))
+        self._pinned = pinned
+        if self._kernel("decode") != MATVEC or pinned:  # the plan wants another even for few tokens, or pairs of rows
+            self.step = None  # type: ignore[assignment, method-assign]
+
+    def _kernel(self, regime: Regime) -> str:
+        return self._kernels.get(regime, MATVEC)
 
     def tensors(self) -> dict[str, Tensor]:
         """The buffers, numbered; the library holds their addresses."""
@@ -51,6 +63,11 @@ class StoredPlanes:
                     wanted="the device that the model was loaded for",
                     remedy="anybit.load(..., device='cuda')",
                 )
+
+    @property
+    def packed(self) -> list[NativePlanes] | None:
+        """The library's own weight, for a call that does more than this product; None where x must be permuted."""
+        return None if self._permutation is not None or self.step is None else [self._planes]
 
     def step(self, x: Tensor) -> Tensor:
         """As `linear` for few tokens, x [.., K] -> [.., N] of x's dtype, bias included: nothing between host and C."""
@@ -73,16 +90,29 @@ class StoredPlanes:
 
     def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """x [M, K] times W^T plus the weight's own bias: [M, N] in `out_dtype`."""
+        kernel = self._kernel(regime)
+        # a lone row is summed in two chains, rows in pairs and fours in one
+        if self._pinned and kernel == MATVEC and x.shape[0] % 2:
+            return self.linear(torch.cat([x, x[-1:]]), regime, bias, out_dtype)[:-1]
         x = self._in_order(x)
         wanted = out_dtype
         if torch.float64 in (x.dtype, out_dtype):
             x, out_dtype = x.float(), torch.float32
-        if regime not in self._expanded:
+        if kernel == MATVEC:
             return self._planes.linear(x, torch.empty((x.shape[0], self.shape[0]), dtype=out_dtype)).to(wanted)
-        return self.expanded(x, bias, wanted, 0, self.shape[0])
+        return self.some_rows(x, regime, bias, wanted, 0, self.shape[0])
 
-    def expanded(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype, first: int, count: int) -> Tensor:
-        """x [M, K] (in the planes' order) times the rows [first, first + count), a tile decoded at a time."""
+    def some_rows(
+        self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype, first: int, count: int
+    ) -> Tensor:
+        """x [M, K] (in the planes' order) times the rows [first, first + count) alone: [M, count] in `out_dtype`.
+
+        bias  [count] of these rows; the compiled product takes them from the planes' own
+        """
+        if self._kernel(regime) == GEMM:
+            x = x.float() if x.dtype == torch.float64 else x
+            made = torch.float32 if out_dtype == torch.float64 else out_dtype
+            return self._planes.gemm(x, first, count, torch.empty((x.shape[0], count), dtype=made)).to(out_dtype)
         rows = x.float()
         y = torch.empty((x.shape[0], count), dtype=torch.float32)
         tile = torch.empty((min(self._tile, count), self.shape[1]), dtype=torch.float32)
@@ -108,17 +138,18 @@ class StoredPlanes:
 
 
 class Planes:
-    """Implementation of `native-matvec` and `native-expand`."""
+    """Implementation of `native-matvec`, `native-gemm` and `native-expand`."""
 
-    def prepare(self, weight: Weight, dtype: torch.dtype, kernels: Mapping[Regime, str]) -> Stored:
+    def prepare(
+        self, weight: Weight, dtype: torch.dtype, kernels: Mapping[Regime, str], *, pinned: bool = False
+    ) -> Stored:
         """Code planes; scales as stored; columns sorted by group where act-order scatters them."""
-        expanded = frozenset(regime for regime, name in kernels.items() if name == "native-expand")
         if isinstance(weight, Dense) or not weight.scheme.act_order:
-            return StoredPlanes(from_weight(weight), expanded)
+            return StoredPlanes(from_weight(weight), kernels, pinned=pinned)
         found = _sorted_by_group(weight)
         if found is None:
-            return Tiled().prepare(weight, dtype, kernels)
-        return StoredPlanes(from_weight(found[0]), expanded, found[1])
+            return Tiled().prepare(weight, dtype, kernels, pinned=pinned)
+        return StoredPlanes(from_weight(found[0]), kernels, found[1], pinned=pinned)
 
 
 def _sorted_by_group(weight: QuantizedWeight) -> tuple[QuantizedWeight, Tensor] | None:

@@ -7,12 +7,12 @@ first to be asked for an input computes the rows of all, the others take theirs.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from anybit.kernels.linear.planes_native import StoredPlanes
+from anybit.kernels.linear.planes_native import EXPAND, MATVEC, StoredPlanes
 from anybit.kernels.request import Regime
 from anybit.weights import QuantizedWeight, Weight, concatenate
 
@@ -27,10 +27,6 @@ def _mark(x: Tensor) -> int | bytes:
         return x._version
     x = x if x.is_contiguous() else x.contiguous()
     return ctypes.string_at(x.data_ptr(), x.nbytes)
-
-
-# a part asked alone for many tokens decodes its own rows only
-_EXPANDED: frozenset[Regime] = frozenset({"small", "prefill"})
 
 
 class _Unit:
@@ -56,6 +52,8 @@ class _Unit:
 class StoredPart:
     """One layer's rows of a unit, with the face of a stored weight."""
 
+    quantizes_input = False
+
     def __init__(self, unit: _Unit, part: int, start: int, shape: tuple[int, ...]) -> None:
         self.shape = shape
         self._unit, self._part, self._start, self._stop = unit, part, start, start + shape[0]
@@ -75,8 +73,8 @@ class StoredPart:
 
     def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """x [M, K] times W^T plus bias: [M, N] in `out_dtype`."""
-        if regime in _EXPANDED:
-            return self._unit.stored.expanded(x, bias, out_dtype, self._start, self.shape[0])
+        if regime != "decode":  # a part asked alone for many tokens decodes its own rows only
+            return self._unit.stored.some_rows(x, regime, bias, out_dtype, self._start, self.shape[0])
         y = self._unit.stored.linear(x, regime, None, out_dtype)  # the unit's own bias is in it
         return y[:, self._start : self._stop].contiguous()
 
@@ -89,8 +87,19 @@ class StoredPart:
         return self._unit.stored.decode(self._start, self.shape[0])
 
 
-def as_unit(weights: Sequence[Weight]) -> list[StoredPart] | None:
-    """The weights of one unit stored together, one face for each; None where they do not fit below each other."""
+def whole_unit(parts: Sequence[StoredPart]) -> StoredPlanes | None:
+    """What the parts of one unit, in their order, are rows of; None if they are not all of one unit."""
+    unit = parts[0]._unit
+    if any(part._unit is not unit or part._part != number for number, part in enumerate(parts)):
+        return None
+    return unit.stored if len(parts) == unit.parts else None
+
+
+def as_unit(weights: Sequence[Weight], kernels: Mapping[Regime, str]) -> list[StoredPart] | None:
+    """The weights of one unit stored together, one face for each; None where they do not fit below each other.
+
+    kernels  by regime, as for a single layer; a decode step is one product of all
+    """
     quantized = [w for w in weights if isinstance(w, QuantizedWeight) and w.scheme.activation is None]
     if len(quantized) < len(weights) or any(w.scheme.act_order or w.scheme.output for w in quantized):
         return None
@@ -99,7 +108,10 @@ def as_unit(weights: Sequence[Weight]) -> list[StoredPart] | None:
         return None
     from anybit.kernels.native.planes import from_weight
 
-    unit = _Unit(StoredPlanes(from_weight(together), _EXPANDED), len(quantized))
+    many: dict[Regime, str] = {
+        regime: EXPAND if name == MATVEC else name for regime, name in kernels.items() if regime != "decode"
+    }
+    unit = _Unit(StoredPlanes(from_weight(together), many), len(quantized))
     parts, start = [], 0
     for number, weight in enumerate(quantized):
         parts.append(StoredPart(unit, number, start, weight.shape))

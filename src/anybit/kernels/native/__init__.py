@@ -13,9 +13,12 @@ from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Final
 
-__all__ = ["ABI", "ArrayStruct", "Library", "MinifloatStruct", "WeightStruct", "isa", "library", "why_missing"]
+__all__ = [
+    "ABI", "ArrayStruct", "BlockStruct", "Library", "MinifloatStruct", "ProductStruct", "WeightStruct", "isa",
+    "library", "why_missing",
+]
 
-ABI: Final = 1  # ANYBIT_ABI of anybit_native.h
+ABI: Final = 3  # ANYBIT_ABI of anybit_native.h
 _FILES: Final = ("libanybit_native.so", "libanybit_native.dylib")
 
 
@@ -55,6 +58,24 @@ class WeightStruct(ctypes.Structure):
     ]
 
 
+class ProductStruct(ctypes.Structure):
+    """anybit_product."""
+
+    _fields_ = [("part", c_void_p * 3), ("bias", c_void_p * 3), ("bias_format", c_int32 * 3), ("parts", c_int32)]
+
+
+class BlockStruct(ctypes.Structure):
+    """anybit_block."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("abi", "size")),
+        *((name, ProductStruct) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, c_void_p) for name in ("norm1", "norm2", "q_norm", "k_norm")),
+        *((name, ctypes.c_float) for name in ("eps", "scaling")),
+        *((name, c_int64) for name in ("hidden", "inner", "heads", "kv_heads", "dim", "rotated")),
+    ]
+
+
 class Library:
     """The functions of the opened library; calls release the interpreter's lock."""
 
@@ -78,12 +99,29 @@ class Library:
         self.linear = declare(
             "anybit_linear", c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int32, c_int32
         )
+        self.gemm_rows = declare(
+            "anybit_gemm_rows", c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64,
+            c_int32, c_int32,
+        )
         self.linear_experts = declare(
             "anybit_linear_experts", c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p,
             c_int64, c_void_p, c_int32, c_int32,
         )  # fmt: skip
         self.decode_rows = declare(
             "anybit_decode_rows", c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int32, c_int32
+        )
+
+        self.block_scratch = declare("anybit_block_scratch", c_void_p, c_int64, result=c_int64)
+        self.block_step = declare(
+            "anybit_block_step", c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64,
+            c_void_p, c_int32,
+        )
+        self.block_many_scratch = declare(
+            "anybit_block_many_scratch", c_void_p, c_int64, c_int64, c_int32, result=c_int64
+        )
+        self.block_many = declare(
+            "anybit_block_many", c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64,
+            c_int64, c_void_p, c_int32,
         )
 
     def isa(self) -> str:

@@ -26,7 +26,7 @@
 
 #include <stdint.h>
 
-#define ANYBIT_ABI 1
+#define ANYBIT_ABI 3
 
 /* Stored number formats: of scales and offsets, and (the first three) of x, y, bias and unquantized weights. */
 enum anybit_format {
@@ -86,6 +86,24 @@ typedef struct {
     anybit_array scale, scale2, offset, offset2, factor;
 } anybit_weight;
 
+/* A product whose parts may be stored apart: part i gives the next rows of y. */
+typedef struct {
+    const anybit_weight *part[3];
+    const void *bias[3];
+    int32_t bias_format[3];
+    int32_t parts;
+} anybit_product;
+
+/* A decoder block, x + o(attention(norm1(x))) then + down(silu(gate) * up)(norm2), for one token in float32. */
+typedef struct {
+    int32_t abi, size;
+    anybit_product qkv, o, gate_up, down; /* rows of q, k, v below each other; of gate, up too */
+    const float *norm1, *norm2;           /* [hidden] */
+    const float *q_norm, *k_norm;         /* [dim], or NULL: a norm of each head before the rotation */
+    float eps, scaling;
+    int64_t hidden, inner, heads, kv_heads, dim, rotated;
+} anybit_block;
+
 /* Return values: 0, or what was wrong with the call. */
 enum anybit_error {
     ANYBIT_OK = 0,
@@ -114,6 +132,11 @@ ANYBIT_API int32_t anybit_check(const anybit_weight *w);
 ANYBIT_API int32_t anybit_linear(const anybit_weight *w, const void *x, int64_t ldx, void *y, int64_t ldy,
                                  const void *bias, int64_t m, int32_t types, int32_t threads);
 
+/* The same for many tokens and the rows [row_start, row_start + rows) of W: y [m, rows]. Rows of W are decoded once. */
+ANYBIT_API int32_t anybit_gemm_rows(const anybit_weight *w, const void *x, int64_t ldx, void *y, int64_t ldy,
+                                    const void *bias, int64_t m, int64_t row_start, int64_t rows, int32_t types,
+                                    int32_t threads);
+
 /* y[p, :] = W[expert_ids[p]] x[token_ids[p], :] + bias[expert_ids[p], :] for p < pairs; token_ids NULL: token p.
  * Neighbouring pairs of one expert share the decoded weights, so sort the pairs by expert. */
 ANYBIT_API int32_t anybit_linear_experts(const anybit_weight *w, const void *x, int64_t tokens, int64_t ldx,
@@ -124,5 +147,19 @@ ANYBIT_API int32_t anybit_linear_experts(const anybit_weight *w, const void *x, 
  * Row i is row_indices[i], or start + i where row_indices is NULL. */
 ANYBIT_API int32_t anybit_decode_rows(const anybit_weight *w, const int64_t *row_indices, int64_t start, int64_t count,
                                       void *out, int64_t ldo, int32_t out_format, int32_t threads);
+
+/* One step: y = block(x), both [hidden]; keys and values of the token are written at `position` of the cache, a kv head
+ * every `stride` numbers, tokens `dim` apart. cosine and sine [rotated]. scratch: anybit_block_scratch(b, position). */
+ANYBIT_API int64_t anybit_block_scratch(const anybit_block *b, int64_t position);
+ANYBIT_API int32_t anybit_block_step(const anybit_block *b, const float *x, float *y, const float *cosine,
+                                     const float *sine, float *keys, float *values, int64_t stride, int64_t position,
+                                     float *scratch, int32_t threads);
+
+/* The same for many tokens, x and y [tokens, hidden], each attending to the cache and the tokens up to itself; cosine and
+ * sine [tokens, rotated]. dim must be a multiple of 32, at most 256, and rotated must be dim. */
+ANYBIT_API int64_t anybit_block_many_scratch(const anybit_block *b, int64_t position, int64_t tokens, int32_t threads);
+ANYBIT_API int32_t anybit_block_many(const anybit_block *b, const float *x, float *y, const float *cosine,
+                                     const float *sine, float *keys, float *values, int64_t stride, int64_t position,
+                                     int64_t tokens, float *scratch, int32_t threads);
 
 #endif

@@ -137,6 +137,7 @@ INLINE void put(void *y, int32_t format, int64_t at, float value) {
 /* A piece of some rows: planes at its first block, a scale and an offset for each unit. */
 typedef struct {
     const uint8_t *plane[ROWS][3];
+    int64_t ahead[3]; /* bytes from the codes of these rows to those that are asked for beforehand */
     float scale[ROWS][UNITS], offset[ROWS][UNITS];
 } pieces;
 
@@ -180,8 +181,12 @@ static void units_of(const anybit_array *a, int64_t expert, const int64_t *row, 
             if (ratio == 1 << shift)
                 for (int64_t i = 0; i < count; i += WIDTH)
                     store(out[r] + i, repeated(entries[r] + (i >> shift), shift));
-            else if (ratio % WIDTH == 0)
-                for (int64_t i = 0; i < count; i += WIDTH) store(out[r] + i, splat(entries[r][i / ratio]));
+            else if (ratio == WIDTH)
+                for (int64_t g = 0; g < stored; g++) store(out[r] + g * WIDTH, splat(entries[r][g]));
+            else if (ratio % WIDTH == 0) /* a division for each vector would take longer than all else */
+                for (int64_t g = 0, i = 0; g < stored; g++)
+                    for (const int64_t end = i + ratio; i < end && i < count; i += WIDTH)
+                        store(out[r] + i, splat(entries[r][g]));
             else
                 for (int64_t i = 0; i < count; i++) out[r][i] = entries[r][i / ratio];
         }
@@ -194,7 +199,7 @@ static void units_of(const anybit_array *a, int64_t expert, const int64_t *row, 
 
 /* Everything but the codes: reads the scales and offsets of the piece and points at its codes. */
 static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, int rows, int64_t from, int64_t columns,
-                  int unit, pieces *p) {
+                  int unit, const int is_dot, pieces *p) {
     static const int bytes_of_plane[9][3] = {{0}, {4}, {8}, {8, 4}, {16}, {16, 4}, {16, 8}, {16, 8, 4}, {32}};
     const int64_t count = units_in(columns, unit);
     for (int i = 0; i < 3 && w->plane[i]; i++) {
@@ -202,7 +207,8 @@ static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, in
         const uint8_t *base = (const uint8_t *)w->plane[i] + expert * w->plane_expert_stride[i] + (from >> 5) * block;
         const uint8_t *start[ROWS];
         for (int r = 0; r < rows; r++) p->plane[r][i] = start[r] = base + row[r] * w->plane_row_stride[i];
-        prefetch(start, rows, w->plane_row_stride[i], (columns >> 5) * block);
+        p->ahead[i] = ROWS * w->plane_row_stride[i] > 4096 ? ROWS * w->plane_row_stride[i] : 4096;
+        if (!is_dot) prefetch(start, rows, w->plane_row_stride[i], (columns >> 5) * block);
     }
     if (w->kind == ANYBIT_FLOAT) return;
     float second[ROWS][UNITS];
@@ -224,8 +230,11 @@ static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, in
     if (w->offset2.data) {
         units_of(&w->offset2, expert, row, rows, from, columns, unit, second);
         for (int r = 0; r < rows; r++)
-            for (int64_t i = 0; i < count; i += WIDTH)
-                store(p->offset[r] + i, mul(load(p->offset[r] + i), load(second[r] + i)));
+            for (int64_t i = 0; i < count; i += WIDTH) {
+                const vec o = mul(load(p->offset[r] + i), load(second[r] + i));
+                store(p->offset[r] + i, w->offset.negate ? sub(splat(-0.0f), o) : o);
+            }
+        return;
     }
     if (w->offset.negate)
         for (int r = 0; r < rows; r++)
@@ -235,8 +244,16 @@ static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, in
 
 /* ---- instances ------------------------------------------------------------------------------------------------ */
 
+/* A minimum where code times scale is exact: one fused operation then rounds as the sum alone does. */
+#define EXACT_MINIMUM 5
+
+INLINE int adds_offset(const int offset_kind) {
+    return offset_kind == ANYBIT_ZERO_POINT || offset_kind == ANYBIT_MINIMUM || offset_kind == EXACT_MINIMUM;
+}
+
 /* value -> weight: the order of evaluation, written once. */
 INLINE vec apply(const int offset_kind, vec v, vec s, vec o) {
+    if (offset_kind == EXACT_MINIMUM) return fused(v, s, o);
     if (offset_kind == ANYBIT_ZERO_POINT) v = sub(v, o);
     v = mul(v, s);
     if (offset_kind == ANYBIT_MINIMUM) v = add(v, o);
@@ -247,8 +264,9 @@ INLINE vec apply(const int offset_kind, vec v, vec s, vec o) {
 
 /* The 32 weights of block b. A table is scaled before it is looked up: 16 products serve 32 weights. */
 INLINE void block(const anybit_weight *w, const pieces *p, int r, int64_t b, const int kind, const int bits,
-                  const int is_signed, const int offset_kind, const int unit, const table *values, vec out[VECTORS]) {
-    const int has_offset = offset_kind == ANYBIT_ZERO_POINT || offset_kind == ANYBIT_MINIMUM;
+                  const int is_signed, const int offset_kind, const int unit, const table *values,
+                  const lookup *all, vec out[VECTORS]) {
+    const int has_offset = adds_offset(offset_kind);
     const int64_t u = unit == 16 ? 2 * b : b;
     if (kind == ANYBIT_FLOAT) {
         for (int i = 0; i < VECTORS; i++) {
@@ -276,12 +294,48 @@ INLINE void block(const anybit_weight *w, const pieces *p, int r, int64_t b, con
         return;
     }
     if (kind == ANYBIT_INTEGER)
-        integer_block(bits, is_signed, p->plane[r], b, w->bias, out);
+        integer_block(bits, is_signed, p->plane[r], b, w->bias, all, out);
     else
-        minifloat_block(bits, p->plane[r], b, &w->minifloat, out);
+        minifloat_block(bits, p->plane[r], b, &w->minifloat, all, out);
     for (int i = 0; i < VECTORS; i++)
         out[i] = i < VECTORS / 2 ? apply(offset_kind, out[i], s, o) : apply(offset_kind, out[i], s2, o2);
 }
+
+/* Bits of the first plane of codes of `bits` bits. */
+INLINE int plane_width(const int bits) { return bits >= 8 ? bits : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
+
+/* Asks for the codes of later rows, a share with each block: many requests at once would hold up the loads between
+ * them. A row's block of `bytes` brings ROWS * bytes / 64 lines a block; what is asked for twice costs little. */
+INLINE void ask_ahead(const pieces *p, int64_t b, const int plane, const int bytes) {
+    const int lines = ROWS * bytes / 64 > 0 ? ROWS * bytes / 64 : 1;
+    for (int i = 0; i < lines; i++) {
+        const int64_t r = (b * lines + i) % ROWS;
+        __builtin_prefetch(p->plane[r][plane] + p->ahead[plane] + b * bytes);
+    }
+}
+
+#if defined(HAS_QUARTERS)
+/* As `dot_body` for one token: pairs of blocks; returns how many blocks were taken. */
+INLINE int64_t dot_quarters(const pieces *p, int64_t blocks, const float *x, const int offset_kind, const table *values,
+                            vec (*sum)[MOST_TOKENS + 1]) {
+    const int has_offset = adds_offset(offset_kind);
+    int64_t b = 0;
+    for (; b + 2 <= blocks; b += 2) {
+        vec in[4];
+        ask_ahead(p, b, 0, 8);
+        ask_ahead(p, b + 1, 0, 8);
+        by_fours(x + BLOCK * b, in);
+        for (int r = 0; r < ROWS; r++) {
+            vec weights[4];
+            const vec s = spread_quarters(p->scale[r] + 2 * b);
+            const vec o = has_offset ? spread_quarters(p->offset[r] + 2 * b) : zero();
+            quarters(p->plane[r][0] + 8 * b, apply(offset_kind, values->values, s, o), weights);
+            for (int i = 0; i < 4; i++) sum[r][i % 2] = fused(weights[i], in[i], sum[r][i % 2]);
+        }
+    }
+    return b;
+}
+#endif
 
 /* Adds the products of four rows with `tokens` rows of x, from column `from`, over `blocks` blocks to sums. */
 INLINE void dot_body(const anybit_weight *w, const pieces *p, int64_t blocks, const float *const *x, int64_t from,
@@ -289,17 +343,29 @@ INLINE void dot_body(const anybit_weight *w, const pieces *p, int64_t blocks, co
                      const int offset_kind, const int unit) {
     /* independent sums for each row and token, as additions take time; with short vectors the four rows suffice */
     const int chains = tokens == 1 && WIDTH == 16 ? 2 : 1;
+    const int stored_bits = kind != ANYBIT_FLOAT ? bits : bits == 32 ? 32 : 16;
     const table values = table_of(w->table);
+    const lookup all = lookup_of(w, kind, bits);
     vec sum[ROWS][MOST_TOKENS + 1];
     for (int r = 0; r < ROWS; r++)
         for (int i = 0; i < tokens * chains; i++) sum[r][i] = zero();
-    for (int64_t b = 0; b < blocks; b++) {
+    int64_t b = 0;
+#if defined(HAS_QUARTERS)
+    if (kind == ANYBIT_TABLE && bits == 2 && unit == 16 && tokens == 1)
+        b = dot_quarters(p, blocks, x[0] + from, offset_kind, &values, sum);
+#endif
+    for (; b < blocks; b++) {
         vec in[MOST_TOKENS][VECTORS];
+        for (int i = 0, left = stored_bits; left > 0; i++) {
+            const int width = plane_width(left);
+            ask_ahead(p, b, i, 4 * width);
+            left -= width;
+        }
         for (int t = 0; t < tokens; t++)
             for (int i = 0; i < VECTORS; i++) in[t][i] = load(x[t] + from + BLOCK * b + WIDTH * i);
         for (int r = 0; r < ROWS; r++) {
             vec weights[VECTORS];
-            block(w, p, r, b, kind, bits, is_signed, offset_kind, unit, &values, weights);
+            block(w, p, r, b, kind, bits, is_signed, offset_kind, unit, &values, &all, weights);
             for (int t = 0; t < tokens; t++)
                 for (int i = 0; i < VECTORS; i++) {
                     vec *to = &sum[r][t * chains + i % chains];
@@ -316,9 +382,10 @@ INLINE void dot_body(const anybit_weight *w, const pieces *p, int64_t blocks, co
 INLINE void expand_body(const anybit_weight *w, const pieces *p, int r, int64_t first, int64_t blocks, float *out,
                         const int kind, const int bits, const int is_signed, const int offset_kind, const int unit) {
     const table values = table_of(w->table);
+    const lookup all = lookup_of(w, kind, bits);
     for (int64_t b = 0; b < blocks; b++) {
         vec weights[VECTORS];
-        block(w, p, r, first + b, kind, bits, is_signed, offset_kind, unit, &values, weights);
+        block(w, p, r, first + b, kind, bits, is_signed, offset_kind, unit, &values, &all, weights);
         for (int i = 0; i < VECTORS; i++) store(out + BLOCK * b + WIDTH * i, weights[i]);
     }
 }
@@ -339,6 +406,7 @@ typedef struct {
     OFFSETS(X, kind, bits, is_signed, 16) OFFSETS(X, kind, bits, is_signed, 32)
 #define INSTANCES(X) \
     FULL(X, 0, 1, 0) FULL(X, 0, 2, 0) FULL(X, 0, 3, 0) FULL(X, 0, 4, 0) \
+    X(0, 2, 0, 5, 16) X(0, 4, 0, 5, 32) X(1, 5, 0, 5, 32) \
     X(0, 4, 0, 3, 16) X(0, 4, 0, 3, 32) X(0, 4, 0, 4, 16) X(0, 4, 0, 4, 32) \
     FULL(X, 1, 5, 0) FULL(X, 1, 6, 0) FULL(X, 1, 7, 0) FULL(X, 1, 8, 0) FULL(X, 1, 8, 1) \
     X(2, 6, 0, 0, 16) X(2, 6, 0, 0, 32) X(2, 8, 0, 0, 16) X(2, 8, 0, 0, 32) \
@@ -380,10 +448,27 @@ static int fills_blocks(const anybit_array *a, int64_t cols) {
     return !a->data || a->group % BLOCK == 0 || a->group >= cols;
 }
 
+/* Integers of at most 5 bits times a float16 (11 bits), or times that and an integer of 8, fit into 24 bits; a float16
+ * keeps them far from overflow and underflow too. */
+static int scales_exactly(const anybit_weight *w) {
+    const int one_level = !w->scale2.data && w->scale.format == ANYBIT_F16;
+    const int is_fine = w->scale.format == ANYBIT_U8 || w->scale.format == ANYBIT_I8;
+    const int two_levels = w->scale2.data && w->scale2.format == ANYBIT_F16 && is_fine && !w->divide;
+    if (!w->scale.data || w->bits > 5 || !(one_level || two_levels)) return 0;
+    for (int i = 0; w->kind == ANYBIT_TABLE && i < 16; i++)
+        if (w->table[i] != (float)(int)w->table[i] || w->table[i] > 16.0f || w->table[i] < -16.0f) return 0;
+    return w->kind == ANYBIT_TABLE || w->kind == ANYBIT_INTEGER;
+}
+
+static int offset_kind_of(const anybit_weight *w, int is_whole) {
+    const int has_instance = is_whole ? w->bits >= 4 : w->bits == 2;
+    return w->offset_kind == ANYBIT_MINIMUM && has_instance && scales_exactly(w) ? EXACT_MINIMUM : w->offset_kind;
+}
+
 static instance instance_for(const anybit_weight *w) {
     const int whole = fills_blocks(&w->scale, w->cols) && fills_blocks(&w->scale2, w->cols) &&
                       fills_blocks(&w->offset, w->cols) && fills_blocks(&w->offset2, w->cols);
-    switch (KEY(w->kind, w->bits, w->is_signed, w->offset_kind, whole ? 32 : 16)) {
+    switch (KEY(w->kind, w->bits, w->is_signed, offset_kind_of(w, whole), whole ? 32 : 16)) {
         INSTANCES(CASE)
     default:
         return (instance){0, {0, 0, 0}, 0};
@@ -417,14 +502,14 @@ static void products(const anybit_weight *w, const instance *f, int64_t expert, 
     memset(sums, 0, (size_t)tokens * sizeof *sums);
     for (int64_t from = 0; from < whole; from += most) {
         const int64_t columns = whole - from < most ? whole - from : most;
-        fetch(w, expert, rows, ROWS, from, columns, f->unit, &p);
+        fetch(w, expert, rows, ROWS, from, columns, f->unit, 1, &p);
         for (int64_t t = 0, step; t < tokens; t += step) {
             step = tokens - t < 2 ? 1 : tokens - t < MOST_TOKENS ? 2 : MOST_TOKENS;
             f->dot[step / 2](w, &p, columns / BLOCK, x + t, from, sums + t);
         }
     }
     if (!rest) return;
-    fetch(w, expert, rows, ROWS, whole, rest, f->unit, &p);
+    fetch(w, expert, rows, ROWS, whole, rest, f->unit, 0, &p);
     for (int r = 0; r < ROWS; r++) {
         float weights[BLOCK];
         expand_tail(w, f, &p, r, 0, rest, weights);
@@ -495,7 +580,7 @@ static void decode_row(const anybit_job *job, const instance *f, int64_t index, 
     for (int64_t from = 0; from < w->cols; from += PIECE) {
         const int64_t columns = w->cols - from < PIECE ? w->cols - from : PIECE, blocks = columns / BLOCK;
         const int64_t rest = columns % BLOCK;
-        fetch(w, expert, &row, 1, from, columns, f->unit, &p);
+        fetch(w, expert, &row, 1, from, columns, f->unit, 0, &p);
         f->expand(w, &p, 0, 0, blocks, buffer);
         if (rest) expand_tail(w, f, &p, 0, blocks, rest, buffer + blocks * BLOCK);
         if (w->factor.data)
@@ -523,4 +608,11 @@ static void decode(void *shared) {
     }
 }
 
-const anybit_engine ENGINE = {ENGINE_NAME, check, linear, decode, to_float};
+#include "block_parts.h"
+#include "gemm_parts.h"
+#include "prefill_parts.h"
+
+const anybit_engine ENGINE = {
+    ENGINE_NAME, check, linear, decode, to_float, GEMM_ROWS, GEMM_TILES, LANES_X, pack, gemm,
+    rms_norm, rotate, attend, silu_gate, pack_keys, attend_many,
+};

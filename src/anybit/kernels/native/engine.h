@@ -29,12 +29,54 @@ typedef struct {
     atomic_llong next;
 } anybit_job;
 
+/* A product of many tokens: y [tokens, rows] of the rows [row_start, row_start + rows) of w. */
+typedef struct {
+    const anybit_weight *w;
+    const void *x, *bias;
+    void *y;
+    int64_t tokens, ldx, ldy, row_start, rows, items, panel_count, tiles;
+    int32_t x_format, y_format, bias_format;
+    const float *norm, *plus; /* [cols]: x is normed; [tokens, rows]: added to y; or NULL */
+    int64_t ldplus;
+    float eps;
+    int32_t is_gated;     /* x [tokens, 2 cols] is silu(first half) * second half */
+    float *panels, *sums; /* x packed; sums of a thread where rows take several pieces */
+    atomic_llong next, shares;
+} anybit_gemm;
+
+/* One token's attention over the cache; heads are handed out by the counter. */
+typedef struct {
+    const float *q, *keys, *values; /* q [heads, dim]; keys and values: a kv head every `stride` numbers */
+    float *scores, *out;            /* [heads, tokens], [heads, dim] */
+    int64_t heads, kv_heads, dim, tokens, stride;
+    float scaling;
+    atomic_llong next;
+} anybit_attention;
+
+/* Many tokens' causal attention: q [tokens, heads * dim], the tokens' own keys and values already in the cache. */
+typedef struct {
+    const float *q, *keys, *values;
+    float *key_panels, *out;
+    int64_t ldq, ldo, heads, kv_heads, dim, tokens, position, stride;
+    float scaling;
+    atomic_llong next;
+} anybit_prefill;
+
 typedef struct {
     const char *name;
     int32_t (*check)(const anybit_weight *w);
     void (*linear)(void *job);
     void (*decode)(void *job);
     void (*to_float)(int32_t format, const void *from, int64_t count, float *to); /* `to` has room for 15 more */
+    int32_t gemm_rows, gemm_tiles, gemm_tokens; /* rows of a tile, tiles of an item at most, tokens of a panel */
+    void (*pack)(void *gemm);
+    void (*gemm)(void *gemm);
+    void (*rms_norm)(const float *x, const float *w, float eps, int64_t n, float *y);
+    void (*rotate)(float *x, const float *cosine, const float *sine, int64_t rotated);
+    void (*attend)(void *attention);
+    void (*silu_gate)(const float *gate, const float *up, int64_t n, float *out);
+    void (*pack_keys)(void *prefill);
+    void (*attend_many)(void *prefill);
 } anybit_engine;
 
 extern const anybit_engine anybit_engine_generic;

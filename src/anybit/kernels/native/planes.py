@@ -92,6 +92,7 @@ class Planes:
         self._bias_type = _FORMATS[self.bias.dtype] << 8 if self.bias is not None else 0
         self._address = ctypes.addressof(struct)
         self._linear, self._linear_experts, self._decode = native.linear, native.linear_experts, native.decode_rows
+        self._gemm = native.gemm_rows
 
     def _point_at_planes(self, element: Code, planes: Sequence[Tensor]) -> None:
         widths = (element.bits,) if element.kind == FLOAT else plane_bits(element.bits)
@@ -154,6 +155,11 @@ class Planes:
             row_block=row_block or max(self.rows, 1), group=0 if values.shape[-1] == 1 else group,
         )  # fmt: skip
 
+    @property
+    def address(self) -> int:
+        """Of the C struct."""
+        return self._address
+
     def linear(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """W x + bias for every row of x: x [.., K] float32, float16 or bfloat16 -> [.., N] of x's dtype.
 
@@ -178,6 +184,25 @@ class Planes:
         )  # fmt: skip
         if wrong:
             raise MemoryError("no memory for a float32 copy of x")
+        return out
+
+    def gemm(self, x: Tensor, first: int, count: int, out: Tensor) -> Tensor:
+        """As `linear` for many tokens x [M, K] and the rows [first, first + count) alone -> out [M, count].
+
+        Each row of W is decoded once. x and out may be of any of the three dtypes; rows of x may lie apart.
+        """
+        flat = x if x.stride(1) == 1 else x.contiguous()
+        if x.dim() != 2 or x.shape[1] != self.cols or out.shape != (x.shape[0], count) or out.stride(1) != 1:
+            raise ValueError(f"x {tuple(x.shape)}, out {tuple(out.shape)} for {count} rows of a weight {self.shape}")
+        types = _FORMATS[x.dtype] | _FORMATS[out.dtype] << 4 | self._bias_type
+        wrong = self._gemm(
+            self._address, flat.data_ptr(), flat.stride(0), out.data_ptr(), out.stride(0), self._bias, flat.shape[0],
+            first, count, types, threads(),
+        )  # fmt: skip
+        if wrong == 2:
+            raise IndexError(f"rows beyond the {self.rows} there are")
+        if wrong:
+            raise MemoryError("no memory for a packed copy of x")
         return out
 
     def linear_experts(

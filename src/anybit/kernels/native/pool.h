@@ -16,6 +16,7 @@
 #define POOL_MOST 256
 #define POOL_SPINS 4000 /* some tens of microseconds: the pause between two layers of a model */
 #define POOL_OPEN (1u << 31)
+#define POOL_STACK (1 << 20) /* bytes: decoded rows lie there, and some systems give a thread 128 KiB */
 
 static struct {
     pthread_mutex_t caller, sleep; /* one call at a time; guards the condition */
@@ -68,10 +69,14 @@ static void pool_run(void (*work)(void *), void *job, unsigned threads) {
         return;
     }
     const unsigned wanted = threads - 1 < POOL_MOST ? threads - 1 : POOL_MOST;
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, POOL_STACK);
     for (pthread_t thread; pool.workers < wanted; pool.workers++) {
-        if (pthread_create(&thread, NULL, pool_worker, (void *)(uintptr_t)pool.workers)) break;
+        if (pthread_create(&thread, &attributes, pool_worker, (void *)(uintptr_t)pool.workers)) break;
         pthread_detach(thread);
     }
+    pthread_attr_destroy(&attributes);
     pool.work = work;
     pool.job = job;
     atomic_store(&pool.limit, wanted);

@@ -83,6 +83,30 @@ INLINE __m512i counting(int step) {
     return step == 1 ? i : _mm512_slli_epi32(i, 1);
 }
 
+INLINE __m512i splat64(const uint8_t *p) {
+    int64_t word;
+    memcpy(&word, p, 8);
+    return _mm512_set1_epi64(word);
+}
+
+/* Codes in pairs of words, code j in word 2 j and code 16 + j in word 2 j + 1: first a byte shuffle that brings the byte
+ * of each code to the lower or upper half of its word, then a shift for each word. The macros give lane j. */
+#define EACH_LANE(lane) \
+    _mm512_setr_epi32(lane(0), lane(1), lane(2), lane(3), lane(4), lane(5), lane(6), lane(7), lane(8), lane(9), \
+                      lane(10), lane(11), lane(12), lane(13), lane(14), lane(15))
+#define LOW_BYTES(first, second) (int)(0x80008000u | (first) | (unsigned)(second) << 16) /* 0x80 leaves zero */
+#define HIGH_BYTES(first, second) (int)(0x00800080u | (first) << 8 | (unsigned)(second) << 24)
+#define NIBBLE_LOW(j) LOW_BYTES(j, j)
+#define PAIR_LOW(j) LOW_BYTES((j) / 4, 4 + (j) / 4)
+#define PAIR_HIGH(j) HIGH_BYTES((j) / 4, 4 + (j) / 4)
+#define BIT_HIGH(j) HIGH_BYTES((j) / 8, 2 + (j) / 8)
+#define NIBBLE_TO_0(j) (4 << 16)
+#define PAIR_TO_0(j) (2 * ((j) % 4) * 0x10001)
+#define PAIR_TO_4(j) ((4 + 2 * ((j) % 4)) * 0x10001)
+#define BIT_TO_2(j) ((6 + (j) % 8) * 0x10001)
+#define BIT_TO_4(j) ((4 + (j) % 8) * 0x10001)
+#define CHOOSE 0xe4 /* ternary logic: the bits of the third choose between the first and the second */
+
 /* Looked-up values of block b; `low` serves codes 0-15, `high` 16-31. Bits above a code need no clearing where the
  * table repeats and the instruction reads four bits. */
 INLINE void table_block(const int bits, const uint8_t *const plane[3], int64_t b, table low, table high, vec out[2]) {
@@ -94,22 +118,22 @@ INLINE void table_block(const int bits, const uint8_t *const plane[3], int64_t b
         __m512i word = splat32(plane[0] + 4 * b);
         c0 = _mm512_srlv_epi32(word, counting(1));
         c1 = _mm512_srlv_epi32(word, _mm512_add_epi32(counting(1), _mm512_set1_epi32(16)));
-    } else {
+    } else if (bits == 2) {
         c0 = _mm512_srlv_epi32(splat32(plane[0] + 8 * b), counting(2));
         c1 = _mm512_srlv_epi32(splat32(plane[0] + 8 * b + 4), counting(2));
-    }
-    if (bits == 3) {
-        const __m512i three = _mm512_set1_epi32(3), four = _mm512_set1_epi32(4);
-        c0 = _mm512_and_si512(c0, three);
-        c1 = _mm512_and_si512(c1, three);
-        c0 = _mm512_mask_or_epi32(c0, mask16(plane[1] + 4 * b), c0, four);
-        c1 = _mm512_mask_or_epi32(c1, mask16(plane[1] + 4 * b + 2), c1, four);
+    } else { /* word 2 j is code j, word 2 j + 1 code 16 + j */
+        __m512i two = _mm512_shuffle_epi8(splat64(plane[0] + 8 * b), EACH_LANE(PAIR_LOW));
+        __m512i one = _mm512_shuffle_epi8(splat32(plane[1] + 4 * b), EACH_LANE(BIT_HIGH));
+        two = _mm512_srlv_epi16(two, EACH_LANE(PAIR_TO_0));
+        one = _mm512_srlv_epi16(one, EACH_LANE(BIT_TO_2));
+        c0 = _mm512_ternarylogic_epi32(two, one, _mm512_set1_epi16(3), CHOOSE);
+        c1 = _mm512_srli_epi32(c0, 16);
     }
     out[0] = _mm512_permutexvar_ps(c0, low.values);
     out[1] = _mm512_permutexvar_ps(c1, high.values);
 }
 
-/* Codes of 5-8 bits as integers. */
+/* Codes of 7 or 8 bits as integers. */
 INLINE void integers(const int bits, const int is_signed, const uint8_t *const plane[3], int64_t b, __m512i c[2]) {
     if (bits == 8) {
         for (int i = 0; i < 2; i++) {
@@ -121,22 +145,70 @@ INLINE void integers(const int bits, const int is_signed, const uint8_t *const p
     __m512i bytes = sixteen_bytes(plane[0] + 16 * b);
     c[0] = _mm512_and_si512(bytes, _mm512_set1_epi32(15));
     c[1] = _mm512_srli_epi32(bytes, 4);
-    if (bits >= 6) /* code i's two bits rotate from 2 i to 4 */
-        for (int i = 0; i < 2; i++) {
-            __m512i turn = _mm512_sub_epi32(counting(2), _mm512_set1_epi32(4));
-            __m512i two = _mm512_rorv_epi32(splat32(plane[1] + 8 * b + 4 * i), turn);
-            c[i] = _mm512_ternarylogic_epi32(c[i], two, _mm512_set1_epi32(0x30), 0xf8); /* c | (two & 0x30) */
-        }
-    if (bits & 1) {
-        const uint8_t *one = (bits == 5 ? plane[1] : plane[2]) + 4 * b;
-        const __m512i top = _mm512_set1_epi32(bits == 5 ? 16 : 64);
-        c[0] = _mm512_mask_or_epi32(c[0], mask16(one), c[0], top);
-        c[1] = _mm512_mask_or_epi32(c[1], mask16(one + 2), c[1], top);
+    for (int i = 0; i < 2; i++) { /* code i's two bits rotate from 2 i to 4 */
+        __m512i turn = _mm512_sub_epi32(counting(2), _mm512_set1_epi32(4));
+        __m512i two = _mm512_rorv_epi32(splat32(plane[1] + 8 * b + 4 * i), turn);
+        c[i] = _mm512_ternarylogic_epi32(c[i], two, _mm512_set1_epi32(0x30), 0xf8); /* c | (two & 0x30) */
     }
+    const uint8_t *one = plane[2] + 4 * b;
+    const __m512i top = _mm512_set1_epi32(64);
+    c[0] = _mm512_mask_or_epi32(c[0], mask16(one), c[0], top);
+    c[1] = _mm512_mask_or_epi32(c[1], mask16(one + 2), c[1], top);
+}
+
+/* The values of all codes of 5 or 6 bits as bfloat16, which holds every one of them exactly: 64 words. */
+typedef struct {
+    __m512i words[2];
+} lookup;
+
+INLINE vec minifloats(__m512i codes, const anybit_minifloat *f) { /* of sixteen codes, 32 bits each */
+    __m512i words = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(codes));
+    __m512i moved = _mm512_sra_epi16(_mm512_sll_epi16(words, _mm_cvtsi32_si128(f->left)), _mm_cvtsi32_si128(f->right));
+    __m512i half = _mm512_and_si512(moved, _mm512_set1_epi16((short)f->mask));
+    return mul(_mm512_cvtph_ps(_mm512_castsi512_si256(half)), splat(f->power));
+}
+
+INLINE lookup lookup_of(const anybit_weight *w, const int kind, const int bits) {
+    lookup made = {{_mm512_setzero_si512(), _mm512_setzero_si512()}};
+    if (bits != 5 && bits != 6) return made;
+    for (int i = 0; i < 4; i++) {
+        __m512i codes = _mm512_add_epi32(counting(1), _mm512_set1_epi32(i * 16 % (1 << bits)));
+        vec values = kind == ANYBIT_MINIFLOAT ? minifloats(codes, &w->minifloat)
+                                              : _mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(w->bias)));
+        __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(values), 16));
+        made.words[i / 2] = i % 2 ? _mm512_inserti64x4(made.words[i / 2], words, 1) : _mm512_castsi256_si512(words);
+    }
+    return made;
+}
+
+/* Codes of 5 or 6 bits: word 2 j is code j, word 2 j + 1 code 16 + j, with other bits above them. */
+INLINE __m512i code_words(const int bits, const uint8_t *const plane[3], int64_t b) {
+    __m512i nibbles = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(plane[0] + 16 * b))), rest;
+    nibbles = _mm512_srlv_epi16(_mm512_shuffle_epi8(nibbles, EACH_LANE(NIBBLE_LOW)), EACH_LANE(NIBBLE_TO_0));
+    if (bits == 6) {
+        rest = _mm512_shuffle_epi8(splat64(plane[1] + 8 * b), EACH_LANE(PAIR_HIGH));
+        rest = _mm512_srlv_epi16(rest, EACH_LANE(PAIR_TO_4));
+    } else {
+        rest = _mm512_shuffle_epi8(splat32(plane[1] + 4 * b), EACH_LANE(BIT_HIGH));
+        rest = _mm512_srlv_epi16(rest, EACH_LANE(BIT_TO_4));
+    }
+    return _mm512_ternarylogic_epi32(nibbles, rest, _mm512_set1_epi16(15), CHOOSE);
+}
+
+INLINE void looked_up(const int bits, const uint8_t *const plane[3], int64_t b, const lookup *t, vec out[2]) {
+    __m512i codes = code_words(bits, plane, b);
+    __m512i words = bits == 5 ? _mm512_permutexvar_epi16(codes, t->words[0])
+                              : _mm512_permutex2var_epi16(t->words[0], codes, t->words[1]);
+    out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+    out[1] = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)));
 }
 
 INLINE void integer_block(const int bits, const int is_signed, const uint8_t *const plane[3], int64_t b, int32_t bias,
-                          vec out[2]) {
+                          const lookup *t, vec out[2]) {
+    if (bits < 7) {
+        looked_up(bits, plane, b, t, out);
+        return;
+    }
     __m512i c[2];
     integers(bits, is_signed, plane, b, c);
     for (int i = 0; i < 2; i++)
@@ -144,20 +216,45 @@ INLINE void integer_block(const int bits, const int is_signed, const uint8_t *co
 }
 
 INLINE void minifloat_block(const int bits, const uint8_t *const plane[3], int64_t b, const anybit_minifloat *f,
-                            vec out[2]) {
-    __m512i words;
-    if (bits == 8) {
-        words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(plane[0] + 32 * b)));
-    } else {
-        __m512i c[2];
-        integers(6, 0, plane, b, c);
-        words = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(c[0])), _mm512_cvtepi32_epi16(c[1]), 1);
+                            const lookup *t, vec out[2]) {
+    if (bits == 6) {
+        looked_up(6, plane, b, t, out);
+        return;
     }
-    __m512i moved = _mm512_sra_epi16(_mm512_sll_epi16(words, _mm_cvtsi32_si128(f->left)), _mm_cvtsi32_si128(f->right));
+    /* with the sign in all upper bits, one move brings magnitude and sign to a float16's places */
+    __m512i words = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(plane[0] + 32 * b)));
+    __m512i moved = _mm512_sll_epi16(words, _mm_cvtsi32_si128(f->left - f->right));
+    __mmask32 number = _mm512_cmpneq_epi16_mask(_mm512_and_si512(words, _mm512_set1_epi16((short)f->nan_and)),
+                                                _mm512_set1_epi16((short)f->nan_is));
     __m512i half = _mm512_and_si512(moved, _mm512_set1_epi16((short)f->mask));
-    __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(words, _mm512_set1_epi16((short)f->nan_and)),
-                                            _mm512_set1_epi16((short)f->nan_is));
-    half = _mm512_mask_mov_epi16(half, nan, _mm512_set1_epi16(0x7e00));
+    half = _mm512_mask_mov_epi16(_mm512_set1_epi16(0x7e00), number, half);
     out[0] = mul(_mm512_cvtph_ps(_mm512_castsi512_si256(half)), splat(f->power));
     out[1] = mul(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)), splat(f->power));
+}
+
+/* Two-bit codes whose scale changes every 16: 64 codes at once, four scaled values of each unit in a quarter of a vector.
+ * out[t] holds codes 16 u + 4 t .. + 3 in quarter u; `by_fours` brings x to the same order. */
+#define HAS_QUARTERS
+#define QUARTER(j) ((j) / 4)
+#define QUARTER_SHIFT(j) (2 * ((j) % 4))
+
+INLINE vec spread_quarters(const float *four) { return _mm512_permutexvar_ps(EACH_LANE(QUARTER), load(four)); }
+
+INLINE void quarters(const uint8_t *run, vec values, vec out[4]) {
+    __m512i words = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)run));
+    __m512i c = _mm512_srlv_epi32(_mm512_permutexvar_epi32(EACH_LANE(QUARTER), words), EACH_LANE(QUARTER_SHIFT));
+    out[0] = _mm512_permutevar_ps(values, c);
+    out[1] = _mm512_permutevar_ps(values, _mm512_srli_epi32(c, 8));
+    out[2] = _mm512_permutevar_ps(values, _mm512_srli_epi32(c, 16));
+    out[3] = _mm512_permutevar_ps(values, _mm512_srli_epi32(c, 24));
+}
+
+INLINE void by_fours(const float *x, vec out[4]) {
+    vec a = load(x), b = load(x + 16), c = load(x + 32), d = load(x + 48);
+    vec ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);
+    out[0] = _mm512_shuffle_f32x4(ab, cd, 0x88);
+    out[1] = _mm512_shuffle_f32x4(ab, cd, 0xdd);
+    ab = _mm512_shuffle_f32x4(a, b, 0xee), cd = _mm512_shuffle_f32x4(c, d, 0xee);
+    out[2] = _mm512_shuffle_f32x4(ab, cd, 0x88);
+    out[3] = _mm512_shuffle_f32x4(ab, cd, 0xdd);
 }
