@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Final, Protocol
 
-from anybit.kernels.linear import dense, planes, tiled
+from anybit.kernels.linear import (
+    aiter,
+    dense,
+    planes,
+    tiled,
+    torch_low_precision,
+    triton_mx,
+    triton_planes,
+    triton_skinny,
+    triton_w8a8,
+)
 from anybit.kernels.request import KernelSpec, Regime
 
 if TYPE_CHECKING:
@@ -15,7 +25,19 @@ if TYPE_CHECKING:
 
     from anybit.weights import Weight
 
-KERNELS: Final[tuple[KernelSpec, ...]] = (dense.SPEC, planes.MATVEC, planes.EXPAND, tiled.SPEC)
+KERNELS: Final[tuple[KernelSpec, ...]] = (
+    dense.SPEC,
+    triton_skinny.SPEC,
+    aiter.SPEC,
+    planes.MATVEC,
+    planes.GEMM,
+    planes.EXPAND,
+    *triton_planes.SPECS,
+    *triton_w8a8.SPECS,
+    *torch_low_precision.SPECS,
+    triton_mx.SPEC,
+    tiled.SPEC,
+)
 
 
 def kernel(name: str) -> KernelSpec:
@@ -27,9 +49,11 @@ class Stored(Protocol):
     """A weight in a kernel's layout, bound to its buffers: what `prepare` returns.
 
     `tensors` are the buffers by name; a module registers them and calls `bind` again after they have moved.
+    quantizes_input  True where `linear` takes x as it is and carries out the scheme's activation quantization itself
     """
 
     shape: tuple[int, ...]
+    quantizes_input: bool
 
     def tensors(self) -> dict[str, Tensor]:
         """The buffers by name."""
@@ -50,8 +74,14 @@ class Stored(Protocol):
 class Implementation(Protocol):
     """The code of a kernel's layout."""
 
-    def prepare(self, weight: Weight, dtype: torch.dtype, kernels: Mapping[Regime, str]) -> Stored:
-        """The weight in this layout; `dtype` is that of the activations, `kernels` the plan's choice by regime."""
+    def prepare(
+        self, weight: Weight, dtype: torch.dtype, kernels: Mapping[Regime, str], *, pinned: bool = False
+    ) -> Stored:
+        """The weight in this layout; `dtype` is that of the activations, `kernels` the plan's choice by regime.
+
+        pinned  one kernel and one split for every M, so that a row's result is the same bits in every batch; asked
+                only of kernels whose spec `is_batch_invariant`
+        """
 
 
 def implementation(spec: KernelSpec) -> Implementation:

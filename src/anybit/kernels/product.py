@@ -46,7 +46,7 @@ class Product:
         tokens = rows.shape[0]
         if self.pre_scale is not None:
             rows = rows.float() * self.pre_scale
-        if self.scheme.activation is not None:
+        if self.scheme.activation is not None and not self.stored.quantizes_input:
             rows = quantize_dequantize(rows.float(), self.scheme.activation, self.activation)
         y = self.stored.linear(rows, regime_of(tokens), self.bias, x.dtype)
         if self.scheme.output is not None:

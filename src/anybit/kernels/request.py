@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from anybit.kernels.compiling import CompileCase
 from anybit.platforms import Platform
 from anybit.schemes import LayerKind, Scheme
 
@@ -17,7 +18,12 @@ REGIMES: Final[dict[Regime, tuple[int, int]]] = {"decode": (8, 1), "small": (64,
 
 def regime_of(tokens: int) -> Regime:
     """The regime of a call with M tokens."""
-    return next(name for name, (largest, _) in REGIMES.items() if tokens <= largest)
+    if tokens <= _FEW:  # this is asked at every call of a layer
+        return "decode"
+    return "small" if tokens <= _SOME else "prefill"
+
+
+_FEW, _SOME = REGIMES["decode"][0], REGIMES["small"][0]
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,21 @@ class Verdict:
 Execution = Literal["native", "exact emulation", "weight-only", "unquantized"]
 
 
+def emulates(request: Request, platform: Platform) -> Execution:
+    """Operands decoded to a wider float in which they are exact, and multiplied there."""
+    return "exact emulation" if request.scheme.is_quantized else "unquantized"
+
+
+def rounds_nothing(request: Request, platform: Platform) -> str | None:
+    """No operand is rounded: the result differs from the exact product by accumulation and the output's dtype."""
+    return None
+
+
+def assumes_nothing(request: Request) -> str | None:
+    """All that the kernel needs is known from headers."""
+    return None
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """A kernel without its code.
@@ -84,6 +105,13 @@ class KernelSpec:
     can_implement   (request, platform) -> Verdict with every reason
     seconds         (request, platform) -> modelled time of one call
     stored_bytes    request -> bytes of its layout
+    executes        (request, platform) -> how the declared arithmetic is carried out; "native" where the chip's matrix
+                    unit takes the declared formats themselves, "weight-only" where declared activation quantization
+                    is left out
+    rounds          (request, platform) -> what is rounded beyond the declared arithmetic ("weights to bfloat16"), or
+                    None; a strict plan leaves such kernels out
+    workspace       request -> bytes of scratch that one call needs
+    cases           architecture -> what must compile there for the kernel to be claimed (Triton kernels)
     """
 
     name: str
@@ -93,13 +121,12 @@ class KernelSpec:
     seconds: Callable[[Request, Platform], float]
     stored_bytes: Callable[[Request], int]
     about: str = ""
-
-    def execution(self, request: Request) -> Execution:
-        """How the declared arithmetic is carried out.
-
-        Every kernel so far decodes operands to float32 and multiplies there: exact for each quantized operand.
-        """
-        return "exact emulation" if request.scheme.is_quantized else "unquantized"
+    executes: Callable[[Request, Platform], Execution] = emulates
+    rounds: Callable[[Request, Platform], str | None] = rounds_nothing
+    workspace: Callable[[Request], int] = lambda request: 0
+    assumes: Callable[[Request], str | None] = assumes_nothing
+    is_batch_invariant: bool = False
+    cases: Callable[[str], Sequence[CompileCase]] = lambda arch: ()
 
 
 def gather(*reasons: Reason | None) -> Verdict:

@@ -29,6 +29,13 @@ def stored_bytes(request: Request) -> int:
     return request.elements * _BYTES.get(request.dtype, 4)
 
 
+def rounds(request: Request, platform: Platform) -> str | None:
+    """A weight that is stored wider than the activations, or as another 16-bit float, is cast to their dtype."""
+    stored = request.scheme.element
+    exact = stored == request.dtype or request.dtype == "float32"
+    return None if exact or request.kind == "embedding" else f"{stored} weights to {request.dtype}"
+
+
 SPEC = KernelSpec(
     name="torch-dense",
     layout="dense",
@@ -37,4 +44,6 @@ SPEC = KernelSpec(
     seconds=seconds,
     stored_bytes=stored_bytes,
     about="torch's matrix product on the unquantized weight",
+    is_batch_invariant=True,
+    rounds=rounds,
 )

@@ -11,13 +11,27 @@ from anybit.kernels.request import Regime
 from anybit.weights import Dense, Weight
 
 
+def row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [M, K] times W^T (+ bias) as M products of one row: libraries sum in another order for another M.
+
+    Each row is copied, so that every product has operands of the same shape, strides and alignment.
+    """
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    for i in range(x.shape[0]):
+        y[i] = torch.mv(weight, x[i].clone())
+    return y if bias is None else y.add_(bias.to(y.dtype))
+
+
 class StoredDense:
     """A weight in the dtype of the activations."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        """`tensor` [N, K]."""
+    quantizes_input = False
+
+    def __init__(self, tensor: Tensor, *, pinned: bool = False) -> None:
+        """`tensor` [N, K]; `pinned` multiplies row by row."""
         self.shape = tuple(tensor.shape)
         self._tensor = tensor
+        self._pinned = pinned
 
     def tensors(self) -> dict[str, Tensor]:
         """The weight; a float buffer, since here `Module.to(dtype)` means what it says."""
@@ -30,6 +44,8 @@ class StoredDense:
     def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """x [M, K] times W^T (+ bias)."""
         weight = self._tensor.to(x.dtype)
+        if self._pinned:
+            return row_by_row(x, weight, bias).to(out_dtype)
         return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(out_dtype)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,6 +60,9 @@ class StoredDense:
 class DenseProduct:
     """Implementation of `torch-dense`."""
 
-    def prepare(self, weight: Weight, dtype: torch.dtype, kernels: Mapping[Regime, str]) -> StoredDense:
+    def prepare(
+        self, weight: Weight, dtype: torch.dtype, kernels: Mapping[Regime, str], *, pinned: bool = False
+    ) -> StoredDense:
         """The tensor in `dtype`."""
-        return StoredDense(weight.dequantize().to(dtype) if not isinstance(weight, Dense) else weight.tensor.to(dtype))
+        tensor = weight.tensor if isinstance(weight, Dense) else weight.dequantize()
+        return StoredDense(tensor.to(dtype), pinned=pinned)

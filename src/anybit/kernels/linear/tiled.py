@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from anybit.kernels.request import KernelSpec, Request, Verdict, scale_bytes
+from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather, scale_bytes
 from anybit.platforms import Platform
 
 # decoding writes and reads a float32 tile several times in separate torch operations
@@ -17,8 +17,12 @@ _CALL_SECONDS = 60e-6
 
 
 def can_implement(request: Request, platform: Platform) -> Verdict:
-    """Everything."""
-    return Verdict()
+    """Every quantized layer."""
+    return gather(
+        None if request.scheme.is_quantized
+        else Reason("unquantized", f"the weight is not quantized ({request.scheme.weight_name()})",
+                    {"element": request.scheme.element})
+    )
 
 
 def seconds(request: Request, platform: Platform) -> float:
@@ -43,4 +47,5 @@ SPEC = KernelSpec(
     seconds=seconds,
     stored_bytes=stored_bytes,
     about="plain torch: decode a tile of rows to float32, multiply, drop it",
+    is_batch_invariant=True,
 )

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from anybit.kernels.linear.dense_torch import row_by_row
 from anybit.kernels.request import Regime
 from anybit.numerics.packing import PackedCodes, Sign, pack_stream
 from anybit.weights import Dense, QuantizedWeight, Weight
@@ -36,9 +37,12 @@ def compact(weight: QuantizedWeight) -> QuantizedWeight:
 class StoredCanonical:
     """A QuantizedWeight taken apart into named buffers."""
 
-    def __init__(self, weight: QuantizedWeight) -> None:
-        """`weight` with compact codes."""
+    quantizes_input = False
+
+    def __init__(self, weight: QuantizedWeight, *, pinned: bool = False) -> None:
+        """`weight` with compact codes; `pinned` multiplies row by row."""
         self.shape = weight.shape
+        self._pinned = pinned
         self._dtypes: dict[str, torch.dtype] = {}
         self._weight = weight
         self._dtypes = {name: t.dtype for name, t in self._parts().items()}
@@ -82,7 +86,8 @@ class StoredCanonical:
         y = torch.empty((x.shape[0], n), dtype=out_dtype, device=x.device)
         for start in range(0, n, self._tile):
             count = min(self._tile, n - start)
-            product = rows @ self._rows(start, count).T
+            tile = self._rows(start, count)
+            product = row_by_row(rows, tile, None) if self._pinned else rows @ tile.T
             if bias is not None:
                 product += bias[start : start + count].float()
             y[:, start : start + count] = product
@@ -117,8 +122,10 @@ def _tile_rows(weight: QuantizedWeight) -> int:
 class Tiled:
     """Implementation of `torch-tiled`."""
 
-    def prepare(self, weight: Weight, dtype: torch.dtype, kernels: Mapping[Regime, str]) -> StoredCanonical:
+    def prepare(
+        self, weight: Weight, dtype: torch.dtype, kernels: Mapping[Regime, str], *, pinned: bool = False
+    ) -> StoredCanonical:
         """Codes packed to their width, scales as stored."""
         if isinstance(weight, Dense):
             raise TypeError("a Dense weight belongs to torch-dense")
-        return StoredCanonical(compact(weight))
+        return StoredCanonical(compact(weight), pinned=pinned)

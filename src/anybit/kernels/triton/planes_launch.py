@@ -1,0 +1,187 @@
+"""How the kernels of "triton-planes" are launched, torch-free: tiles by shape and chip, compile-time constants.
+
+The same functions serve the launcher (`planes.py`) and the gate's compile cases (`linear/triton_planes.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from anybit.kernels.triton.planes_form import ROWS, Form
+from anybit.platforms import Platform
+from anybit.platforms.archs import ARCHS
+
+__all__ = ["Config", "configure", "constants", "expansion", "half_factor", "overlaps", "refused_arch", "terms_of"]
+
+_DECODE: Final = {"int": 0, "float": 1, "table": 2}
+_SCALING: Final = {"row": 0, "group": 1, "fold": 2, "decode": 3}
+_KINDS: Final = {"float": 0, "integer": 1, "e8m0": 2, "e8": 1, "e53": 2}
+_ADDENDS: Final = {"none": 0, "zero": 1, "minimum": 2, "subtracted": 3}
+_ROUNDS: Final = {None: 0, "float16": 1, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One launch: tile of tokens and rows, parts of K, warps, stages; CUDA inline assembly or the portable twin."""
+
+    tokens: int
+    rows: int
+    split: int = 1
+    warps: int = 4
+    stages: int = 3
+    assembly: bool = False
+
+
+def overlaps(tokens: int, arch: str) -> bool:
+    """True where the product is launched while a kernel quantizes x, and waits for that itself: few rows on Hopper."""
+    return tokens <= 64 and arch == "sm_90"
+
+
+# how many thread blocks keep the memory busy, by architecture: four on each multiprocessor of the largest chip
+_BLOCKS: Final = {"sm_80": 432, "sm_86": 336, "sm_89": 512, "sm_90": 528, "sm_100": 592, "sm_103": 592, "sm_120": 680,
+                  "sm_121": 192, "gfx90a": 416, "gfx942": 608, "gfx950": 512, "gfx1100": 192, "gfx1151": 80,
+                  "gfx1200": 64, "gfx1201": 128}
+_LARGE_TILES: Final = ("sm_90", "sm_100", "sm_103")  # accumulators of a warp group, or beside the registers
+_MULTIPROCESSORS: Final = 132  # of an H200, on which the launches of `_hopper` were measured
+_SPLIT_TOKENS: Final = 64  # more tokens fill the chip without splitting K
+
+
+def configure(form: Form, rows: int, columns: int, tokens: int, arch: str) -> Config:
+    """The launch for a product of `tokens` with a weight [rows, columns]; pure."""
+    if arch == "sm_90" and _is_measured(form):
+        return _hopper(form, -(-rows // ROWS) * ROWS, columns, tokens)
+    is_amd = ARCHS[arch].vendor == "amd"
+    is_wide = ARCHS[arch].wave == 64
+    padded = -(-rows // ROWS) * ROWS
+    if tokens <= 32:
+        bm = 16 if is_amd or tokens > 8 else 8
+        bm = 32 if tokens > 16 else bm
+        bn, warps, stages = 64, 4, 3
+        if form.group == 16 and form.scaling == "fold" and bm <= 16:
+            warps = 2
+    elif tokens <= 64:
+        bm, bn, warps, stages = 64, 64, 4, 3
+        if padded % 128 == 0 and padded * columns >= 2**26:
+            bn, stages = 128, 2
+    else:
+        # the float32 partial sums of groups take as many registers as the accumulator
+        bm, stages = (64, 2) if form.scaling == "group" else (128, 3)
+        bn, warps = 128 if padded % 128 == 0 else 64, 8
+    if form.scaling == "group" and arch not in _LARGE_TILES:
+        bn = 64
+    if is_amd:
+        bn, bm, warps, stages = min(bn, 64), min(bm, 64), min(warps, 4), 2
+    if is_amd and not is_wide:  # half as many threads to hold a tile: 32 rows, and nothing loaded ahead
+        bn, bm, warps, stages = 32, min(bm, 32), 4, 1
+    if form.bits == 8 or form.terms > 1 or form.addend != "none":
+        bm, bn = min(bm, 64), min(bn, 64)
+        warps, stages = min(warps, 4), min(stages, 3)
+    if form.terms > 1 or arch == "sm_86" or arch == "sm_89" or arch.startswith("sm_12"):
+        stages = 2  # 99 KiB of shared memory
+    if form.kind == "table":
+        stages = 1  # the pipeline would send the look-ups through shared memory too
+    tiles = padded // bn * -(-tokens // bm)
+    split = 1
+    if tokens <= _SPLIT_TOKENS:
+        blocks = columns // form.block
+        split = max(1, min(16, _BLOCKS[arch] // tiles, blocks // 4))
+    assembly = ARCHS[arch].vendor == "nvidia" and form.widths == (4,) and form.kind != "table" and form.terms == 1
+    return Config(bm, bn, split, warps, stages, assembly and (form.kind == "int" or form.scaling == "fold"))
+
+
+def _is_measured(form: Form) -> bool:
+    """Codes of 4 bits whose groups have a scale and nothing beside it, or integer zero points."""
+    return form.widths == (4,) and form.terms == 1 and form.addend == "none" and (
+        (form.kind == "int" and form.scaling == "group") or form.scaling == "fold")
+
+
+def _hopper(form: Form, rows: int, columns: int, tokens: int) -> Config:
+    """As measured on an H200 (planning/priors) for 6144, 4096, 28672 and 57344 rows.
+
+    Programs of two warps where scales are part of the operand: more of them hide the decoding. Many rows: wide tiles,
+    which read x less often. Sums of groups beside the accumulator leave room for 64 tokens only.
+    """
+    is_sum = form.scaling == "group"
+    is_fine = form.group == 16
+    wide = rows >= 128 * _MULTIPROCESSORS and rows % 128 == 0
+    if tokens <= 8:
+        tile = Config(8, 32, warps=2) if is_sum else Config(8, 64, warps=2)
+        wanted, most = (1056, 8) if is_sum else (792, 8)
+        if form.scale_kind == "e8" and rows >= 3 * 128 * _MULTIPROCESSORS and wide:
+            tile, wanted = Config(8, 128), 1056
+    elif tokens <= 32:
+        bm = 16 if tokens <= 16 else 32
+        is_huge = wide and rows >= 3 * 128 * _MULTIPROCESSORS
+        is_broad = not is_sum and rows % 128 == 0 and (is_fine or is_huge)
+        tile = Config(bm, 128) if is_broad else Config(bm, 64, warps=4 if is_sum or bm == 32 else 2)
+        wanted, most = (1056 if is_broad else 528), 8
+    elif tokens <= 64:
+        tile, wanted, most = _hopper_64(is_sum=is_sum, is_fine=is_fine, wide=wide, even=rows % 128 == 0), 264, 8
+        if tile.rows == 128 and (wide or is_sum):
+            wanted = _MULTIPROCESSORS
+    else:
+        tile = Config(64, 64) if is_sum or rows % 128 else Config(128, 128, warps=8, stages=2)
+        if is_sum and tokens > 256 and rows % 128 == 0:
+            tile = Config(64, 128, stages=2)
+        wanted, most = (_MULTIPROCESSORS if tokens <= 256 else 1), 4
+    tiles = rows // tile.rows * -(-tokens // tile.tokens)
+    split = _parts(columns // form.block, wanted // tiles, most)
+    return replace(tile, split=split, assembly=True)
+
+
+def _hopper_64(*, is_sum: bool, is_fine: bool, wide: bool, even: bool) -> Config:
+    if not even:
+        return Config(64, 64)
+    if is_sum:
+        return Config(64, 128, stages=2) if wide else Config(64, 128, warps=8)
+    if is_fine:
+        return Config(64, 128, warps=8 if wide else 4)
+    return Config(64, 128, warps=8, stages=2) if wide else Config(64, 64)
+
+
+def _parts(blocks: int, wanted: int, most: int) -> int:
+    """Parts of K: at most `most`, each with at least two blocks, none without work."""
+    split = max(1, min(wanted, most, blocks // 2))
+    while split > 1 and -(-blocks // split) * (split - 1) >= blocks:
+        split -= 1
+    return split
+
+
+def refused_arch(platform: Platform) -> str | None:
+    """Why no kernel of the layout compiles for a chip; None if it does."""
+    facts = ARCHS.get(platform.arch)
+    if facts is None or platform.arch not in _BLOCKS:
+        if facts is not None and "bfloat16" not in facts.matrix:
+            return f"Triton emits no matrix instruction for {platform.arch}"
+        return f"no kernel was compiled for {platform.arch}"
+    return None
+
+
+def expansion(form: Form) -> tuple[int, int]:
+    """Rows and blocks of K that a program of `expand_kernel` decodes: about 4096 weights."""
+    return (1, max(1, 4096 // form.block)) if form.fields == 8 else (4, max(1, 1024 // form.block))
+
+
+def constants(form: Form) -> dict[str, Any]:
+    """The compile-time constants that all kernels of the layout share."""
+    widths = (*form.widths, 0, 0)
+    return {
+        "DECODE": _DECODE[form.kind], "BITS": form.bits, "W0": widths[0], "W1": widths[1], "W2": widths[2],
+        "P": form.tile, "F": form.fields, "G": form.group, "SCALING": _SCALING[form.scaling],
+        "SKIND": _KINDS[form.scale_kind], "SSUPER": form.super_groups, "SWORDS": form.words,
+        "SSIGNED": form.signed_scales, "ZERO": float(form.zero), "ZEROS": form.has_zeros,
+        "ADD": _ADDENDS[form.addend], "AKIND": _KINDS[form.addend_kind], "ASUPER": form.addend_super,
+        "AWORDS": form.addend_words, "ASIGNED": form.signed_addends, "MANTISSA": form.mantissa, "BIAS_E": form.bias,
+        "SPECIAL": form.special, "ROUND": _ROUNDS[form.round_to],
+    }  # fmt: skip
+
+
+def terms_of(form: Form, *, is_half: bool) -> int:
+    """Pieces of an operand; float16 holds in one what the format itself rounded to float16."""
+    return 1 if is_half and form.round_to == "float16" else form.terms
+
+
+def half_factor(form: Form, *, is_half: bool) -> float:
+    """float16 operands of folded scales are twice those of bfloat16 (`planes_kernels._factor`)."""
+    return 0.5 if is_half and form.scale_kind == "e53" else 1.0
