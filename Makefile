@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt tools/setup_env.py $(wildcard src/anybit/kernels/native/*.[ch])
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format docs bench clean
+.PHONY: help run test check format docs bench gate clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ format: $(VENV)/.installed-dev ## sort imports and mend what ruff can mend
 
 docs: $(VENV)/.installed-dev ## write the generated parts of README and docs
 	$(BIN)/python tools/make_docs.py
+
+gate: $(VENV)/.installed-dev ## compile every GPU kernel for every architecture that it claims; write the record
+	$(BIN)/python tools/gate.py
 
 bench: $(VENV)/.installed ## speed on this machine, against llama.cpp where llama-cpp-python is installed
 	$(BIN)/python benchmarks/cpu_model.py

@@ -2,8 +2,8 @@
 
     python tools/record_schemes.py FOLDER [--check]
 
-FOLDER holds the checkpoints, one folder each. Writes docs/schemes.json: dialect -> scheme -> {recipe, folders}. With
---check it compares instead; the suite does so where the full set is present.
+FOLDER holds the checkpoints, one folder each. Writes docs/schemes.json: dialect -> scheme -> {recipe, fields, kinds,
+folders}. With --check it compares instead; the suite does so where the full set is present.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ def record(folder: Path) -> dict[str, dict[str, dict[str, object]]]:
     """dialect -> printed scheme -> what a table shows of it."""
     import anybit
     from anybit.errors import Unsupported
+    from anybit.planning.records import scheme_to_dict
 
     made: dict[str, dict[str, dict[str, object]]] = {}
     for place in sorted(p for p in folder.iterdir() if p.is_dir()):
@@ -36,12 +37,15 @@ def record(folder: Path) -> dict[str, dict[str, dict[str, object]]]:
                 "scales": ", ".join(f"{lv.format}{' divides' if lv.divide else ''}" for lv in scheme.scales),
                 "activations": str(scheme.activation) if scheme.activation else "none",
                 "recipe": scheme.activation.recipe if scheme.activation else "",
+                "fields": scheme_to_dict(scheme),
+                "kinds": [],
                 "folders": [],
             })
-            folders = entry["folders"]
-            assert isinstance(folders, list)
-            if place.name not in folders:
-                folders.append(place.name)
+            for key, value in (("kinds", layer.kind), ("folders", place.name)):
+                listed = entry[key]
+                assert isinstance(listed, list)
+                if value not in listed:
+                    listed.append(value)
     return {dialect: dict(sorted(schemes.items())) for dialect, schemes in sorted(made.items())}
 
 

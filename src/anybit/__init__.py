@@ -18,12 +18,26 @@ from typing import TYPE_CHECKING, Any
 from anybit.errors import AnybitError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anybit.checkpoints.checkpoint import Checkpoint
+    from anybit.checkpoints.online import Online, Quantization
+    from anybit.checkpoints.online_rules import Targets
+    from anybit.hosts.plans import Written
     from anybit.planning.plan import Plan
     from anybit.platforms import Platform
 
 __version__ = "0.1.0"
-__all__ = ["AnybitError", "__version__", "enable", "load", "open", "plan"]
+__all__ = ["AnybitError", "Online", "__version__", "enable", "load", "open", "plan"]
+
+
+def __getattr__(name: str) -> Any:
+    """`Online`, imported when it is asked for."""
+    if name == "Online":
+        from anybit.checkpoints.online import Online
+
+        return Online
+    raise AttributeError(f"module 'anybit' has no attribute {name!r}")
 
 
 def open(path: str | os.PathLike[str]) -> Checkpoint:
@@ -43,15 +57,25 @@ def plan(
     platform: Platform | str | None = None,
     *,
     dtype: str | None = None,
-    quantization: str | None = None,
-    kernel: str | None = None,
+    quantization: Quantization | None = None,
+    targets: Targets = (),
+    ignore: Sequence[str] = (),
+    kernel: str | Sequence[str] | None = None,
+    kv_cache: str = "auto",
+    strict: bool = False,
+    batch_invariant: bool = False,
+    plan: Written | None = None,
 ) -> Plan:
     """What would run each layer on `platform` (a Platform, a name such as "mi300x", default: here), and why.
+
+    quantization, targets, ignore  as for `load`: what would be quantized while loading, and which layers not
+    kernel, kv_cache, strict, batch_invariant, plan  as for `load`
 
     No tensor is read and torch is not imported.
     """
     from anybit.checkpoints import open as open_checkpoint
     from anybit.checkpoints.checkpoint import Checkpoint
+    from anybit.checkpoints.online import online
     from anybit.hosts.plans import make_plan
     from anybit.platforms import named
 
@@ -59,7 +83,10 @@ def plan(
         checkpoint = open_checkpoint(checkpoint)
     if isinstance(platform, str):
         platform = named(platform)
-    return make_plan(checkpoint, platform, dtype=dtype, quantization=quantization, kernel=kernel)
+    return make_plan(
+        checkpoint, platform, dtype=dtype, quantization=online(quantization, targets, ignore), kernel=kernel,
+        kv_cache=kv_cache, strict=strict, batch_invariant=batch_invariant, plan=plan,
+    )
 
 
 def load(
@@ -74,8 +101,8 @@ def load(
     return load_model(path, dtype, device, **options)
 
 
-def enable() -> None:
+def enable(*, strict: bool = False) -> None:
     """Make plain `AutoModelForCausalLM.from_pretrained` read our dialects: see `anybit.hosts.transformers.enable`."""
     from anybit.hosts.transformers import enable as take_over
 
-    take_over()
+    take_over(strict=strict)

@@ -13,6 +13,7 @@ from anybit.errors import AnybitError
 from checkpoints.altering import altered
 from checkpoints.broken import BROKEN
 from checkpoints.writing import line
+from conftest import CHECKPOINTS
 
 CT = "ct-llama-w4a16-g128"
 ACT_ORDER = "gptq-w4-g64-asym-descact-qwen2"
@@ -114,3 +115,27 @@ def test_without_a_tokenizer_the_model_still_loads(tmp_path: Path) -> None:
     folder = altered(ACT_ORDER, tmp_path / "m")
     assert not list(folder.glob("tokenizer*"))
     assert anybit.load(folder, device="cpu").config.model_type == "qwen2"
+
+
+@pytest.mark.parametrize("missing", ["model.norm.weight", "model.layers.1.input_layernorm.weight",
+                                     "model.embed_tokens.weight"])
+def test_a_missing_plain_tensor_is_refused_through_both_doors(missing: str, tmp_path: Path) -> None:
+    """transformers would fill it at random and only log it."""
+    from transformers import AutoModelForCausalLM
+
+    folder = altered("modelopt-nvfp4-llama", tmp_path / "m", tensors={missing: None})
+    with pytest.raises(AnybitError) as refused:
+        anybit.load(folder, device="cpu")
+    assert missing in str(refused.value)
+    anybit.enable()
+    with pytest.raises(AnybitError) as refused:
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert missing in str(refused.value)
+
+
+def test_a_head_that_the_user_adds_is_his_to_train() -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    anybit.enable()
+    model = AutoModelForSequenceClassification.from_pretrained(CHECKPOINTS / "modelopt-nvfp4-llama", num_labels=3)
+    assert model.score.weight.shape[0] == 3

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from anybit.checkpoints.online import online
 from anybit.cli import options
 from anybit.cli.loading import Choices, load, open_for_running, print_summary, warm_up
 from anybit.cli.output import Output, make_output
@@ -25,7 +26,13 @@ def chat(
     device: options.Device = None,
     dtype: options.Dtype = None,
     quantization: options.Quantization = None,
+    quantize_only: options.QuantizeOnly = None,
+    quantize_ignore: options.QuantizeIgnore = None,
     kernel: options.Kernel = None,
+    kv_cache: options.KVCache = "auto",
+    strict: options.Strict = False,
+    batch_invariant: options.BatchInvariant = False,
+    plan: options.PlanFile = None,
     threads: options.Threads = None,
     max_new_tokens: options.MaxNewTokens = 1024,
     temperature: options.Temperature = 0.0,
@@ -44,10 +51,12 @@ def chat(
     printf 'Hello\nAnd now?\n' | anybit chat smollm2 --json
     """
     output = make_output("json" if json else "quiet" if quiet else "human")
+    asked = online(quantization, quantize_only, quantize_ignore)
     importing = warm_up()
     checkpoint = open_for_running(model, output)
     importing.join()
-    loaded, tokenizer = load(checkpoint, Choices(device, dtype, quantization, kernel, threads), output)
+    choices = Choices(device, dtype, asked, kernel, threads, kv_cache, strict, batch_invariant, plan)
+    loaded, tokenizer = load(checkpoint, choices, output)
 
     from anybit.hosts.generating import Options, Session
     from anybit.hosts.tokenizers import stop_ids

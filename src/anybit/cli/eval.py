@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anybit.checkpoints import Checkpoint
+from anybit.checkpoints.online import online, online_list
 from anybit.cli import options
 from anybit.cli.folding import bits
 from anybit.cli.loading import Choices, load, open_for_running, warm_up
@@ -51,12 +52,19 @@ def evaluate(
                                  show_default="all")
     ] = None,
     quantization: Annotated[
-        str, typer.Option("--quantization", metavar="SCHEME", help="one or more, with commas; none is the checkpoint "
-                          "as it is", rich_help_panel=options.CHOICE)
-    ] = _NONE,
+        list[str] | None,
+        typer.Option("--quantization", metavar="SCHEME[,RULE=SCHEME...]", help="one or more, with commas or repeated; "
+                     "none is the checkpoint as it is", rich_help_panel=options.CHOICE, show_default=_NONE),
+    ] = None,
+    quantize_only: options.QuantizeOnly = None,
+    quantize_ignore: options.QuantizeIgnore = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     kernel: options.Kernel = None,
+    kv_cache: options.KVCache = "auto",
+    strict: options.Strict = False,
+    batch_invariant: options.BatchInvariant = False,
+    plan: options.PlanFile = None,
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -67,16 +75,20 @@ def evaluate(
 
     anybit eval smollm2 --text book.txt --quantization none,fp8_per_channel,int4_g128,nvfp4
 
+    anybit eval ./model --text book.txt --quantization 'none,nvfp4,nvfp4,*.down_proj=fp8_per_channel'
+
     anybit eval ./model --text book.txt --limit-windows 4 --json
     """
     output = make_output("json" if json else "quiet" if quiet else "human")
     content = _read(text)
+    listed = [recipe for text_ in quantization or [_NONE] for recipe in online_list(text_)]
+    recipes = dict.fromkeys(r and online(r, quantize_only, quantize_ignore) for r in listed)
     importing = warm_up()
     checkpoint = open_for_running(model, output)
     importing.join()
     results = []
-    for name in dict.fromkeys(part.strip() for part in quantization.split(",") if part.strip()):
-        choices = Choices(device, dtype, None if name == _NONE else name, kernel, threads)
+    for recipe in recipes:
+        choices = Choices(device, dtype, recipe, kernel, threads, kv_cache, strict, batch_invariant, plan)
         results.append(_one(checkpoint, choices, content, window, limit_windows, output))
         gc.collect()  # the model before must be gone before the next is read
     if json:
@@ -103,7 +115,7 @@ def _one(
 
     loaded, tokenizer = load(checkpoint, choices, output)
     cut = windows_of(tokenizer, text, window, limit)
-    name = choices.quantization or _NONE
+    name = str(choices.quantization or _NONE)
     started = time.perf_counter()
     with output.progress(f"evaluating {name}", len(cut.ids), unit="windows") as advance:
         found = evaluate_windows(loaded, cut, lambda _: advance(1))

@@ -4,62 +4,150 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Final
 
 import typer
 
 import anybit
 from anybit.checkpoints import Checkpoint
+from anybit.checkpoints.online import online
 from anybit.cli import options
+from anybit.cli.explain_difference import print_difference
+from anybit.cli.explain_html import page
+from anybit.cli.explain_markdown import markdown
+from anybit.cli.explain_tables import (
+    CONTEXT,
+    better_lines,
+    comparison,
+    decode_seconds,
+    joined_lines,
+    memory_parts,
+    took,
+)
+from anybit.cli.files import write_text
 from anybit.cli.folding import part_names
-from anybit.cli.output import Output, duration, make_output, shown, size
+from anybit.cli.output import ERROR_CHARS, Output, duration, make_output, shown, size, to_json
+from anybit.errors import Unsupported
 from anybit.kernels.request import REGIMES, Regime
-from anybit.planning.choose import WEIGHTS, reasons_to_dict
+from anybit.planning.choose import NOT_MEANT, WEIGHTS
 from anybit.planning.plan import Plan, PlanUnit
-
-_CONTEXT = 4096  # tokens at which the memory of the cache is shown
+from anybit.planning.records import reasons_to_dict
 
 
 def explain(
-    model: options.Model,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="smollm2, a folder, a .gguf file, or a hub id",
+                                   show_default=False)
+    ] = None,
     on: Annotated[
         str | None,
         typer.Option("--on", metavar="PLATFORM", help="one or more, with commas: cpu, h100, mi300x, ...",
                      rich_help_panel=options.CHOICE, show_default="this machine"),
     ] = None,
     quantization: options.Quantization = None,
+    quantize_only: options.QuantizeOnly = None,
+    quantize_ignore: options.QuantizeIgnore = None,
     dtype: options.Dtype = None,
     kernel: options.Kernel = None,
+    kv_cache: options.KVCache = "auto",
+    strict: options.Strict = False,
+    batch_invariant: options.BatchInvariant = False,
+    plan: options.PlanFile = None,
     all_: Annotated[
         bool, typer.Option("--all", help="every shape on its own, with the names of its layers",
                            rich_help_panel=options.OUTPUT)
     ] = False,
+    save: Annotated[
+        Path | None, typer.Option("--save", metavar="FILE", help="write the plan, for run --plan and --diff",
+                                  rich_help_panel=options.OUTPUT, show_default=False)
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="write one self-contained page",
+                                  rich_help_panel=options.OUTPUT, show_default=False)
+    ] = None,
+    md: Annotated[bool, typer.Option("--md", help="as Markdown", rich_help_panel=options.OUTPUT)] = False,
+    diff: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--diff", metavar="BEFORE AFTER", help="what differs between two saved plans; without a MODEL",
+                     rich_help_panel=options.OUTPUT, show_default=False),
+    ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """What would run and why: kernels, arithmetic, modelled times, memory, and every refusal's reasons.
+    """What would run and why: kernels, arithmetic, times, memory, every refusal's reasons, and what would be faster.
 
     anybit explain smollm2
 
-    anybit explain ./qwen3-8b-w4a16 --on mi300x,h100
+    anybit explain ./qwen3-8b-w4a16 --on mi300x,h100 --html plan.html
 
-    anybit explain smollm2 --quantization nvfp4 --json
+    anybit explain smollm2 --quantization 'nvfp4,*.down_proj=fp8_per_channel' --json
+
+    anybit explain smollm2 --save plan.json
+
+    anybit explain --diff before.json after.json
     """
     output = make_output("json" if json else "quiet" if quiet else "human")
+    if (model is None) == (diff is None):
+        raise Unsupported("explain takes a model, or two plans to compare",
+                          found="both" if model is not None else "neither", wanted="MODEL, or --diff BEFORE AFTER",
+                          remedy="anybit explain smollm2")
+    if diff is not None or model is None:
+        assert diff is not None
+        print_difference(output, *diff)
+        return
     checkpoint = anybit.open(model)
-    names = [name.strip() for name in on.split(",") if name.strip()] if on else [None]
-    plans = [anybit.plan(checkpoint, name, dtype=dtype, quantization=quantization, kernel=kernel) for name in names]
+    names = options.platform_names(on)
+    asked = online(quantization, quantize_only, quantize_ignore)
+    plans = [anybit.plan(checkpoint, name, dtype=dtype, quantization=asked, kernel=kernel, kv_cache=kv_cache,
+                         strict=strict, batch_invariant=batch_invariant, plan=plan) for name in names]
+    if strict:
+        for made in plans:
+            made.demand_complete()
+    documents = [made.to_dict() for made in plans]
+    _write_files(output, model, documents, save, html)
     if json:
-        documents = [plan.to_dict() for plan in plans]
         output.document("explain", {"model": model, **documents[0]} if len(plans) == 1
                         else {"model": model, "plans": documents})
         return
-    for plan in plans:
-        _print(output, model, checkpoint, plan, folded=not all_)
+    if md:
+        output.text(markdown(model, documents))
+        return
+    if len(plans) > 1:
+        _print_comparison(output, documents)
+    for made, document in zip(plans, documents, strict=True):
+        _print(output, model, checkpoint, made, document, folded=not all_)
     output.hint(f"next: anybit run {shown(model)} \"What is the capital of France?\"")
 
 
-def _print(output: Output, model: str, checkpoint: Checkpoint, plan: Plan, *, folded: bool) -> None:
+def _write_files(
+    output: Output, model: str, documents: list[dict[str, Any]], save: Path | None, html: Path | None
+) -> None:
+    if save is not None:
+        if len(documents) > 1:
+            raise Unsupported("--save writes one plan", found=f"{len(documents)} platforms", wanted="one --on PLATFORM")
+        write_text(save, to_json(documents[0], indent=1) + "\n")
+        output.remark(f"wrote {shown(save)}")
+    if html is not None:
+        write_text(html, page(model, documents))
+        output.remark(f"wrote {shown(html)}")
+
+
+def _print_comparison(output: Output, documents: list[dict[str, Any]]) -> None:
+    lines = comparison(documents)
+    rows = [("layers", "declared", *(shown(d["platform"]["name"]) for d in documents))]
+    for line in lines:
+        head = f"{line.kind} ×{len(line.layers)}" if line.kind else f"×{len(line.layers)}"
+        rows.append((head, shown(line.declared), *(f"{c.execution}: {c.short}" for c in line.cells)))
+    rows.append(("decode", "products", *(duration(decode_seconds(d)) for d in documents)))
+    rows.append(("memory", f"{CONTEXT:,} tokens", *(size(sum(memory_parts(d).values())) for d in documents)))
+    output.rows(rows, indent=0)
+    output.line()
+
+
+def _print(
+    output: Output, model: str, checkpoint: Checkpoint, plan: Plan, document: dict[str, Any], *, folded: bool
+) -> None:
     output.line(f"{shown(model)} · {plan.dialect} · on {shown(plan.platform.title)} · activations {plan.dtype}")
     for group in fold_units(plan.units, folded=folded):
         output.line()
@@ -69,7 +157,9 @@ def _print(output: Output, model: str, checkpoint: Checkpoint, plan: Plan, *, fo
         output.line()
         output.rows(list(_refused_rows(plan)))
     output.line()
-    output.rows(memory_rows(plan), indent=0)
+    output.rows(cache_rows(plan) + memory_rows(plan), indent=0)
+    output.rows([("unit", line) for line in joined_lines(document)], indent=0)
+    output.rows([("changes", shown(what)) for what in dict.fromkeys(c.what for c in plan.changes)], indent=0)
     output.rows([("note", shown(note)) for note in plan.notes], indent=0)
 
 
@@ -92,14 +182,14 @@ class UnitGroup:
         return f"{first.kind} ×{len(self.layers)}  {shown(first.scheme)}  [{shapes}]"
 
     def seconds(self, regime: Regime) -> float | None:
-        """Modelled time of one pass through all layers of the group; None where the regime does not occur."""
-        found = [(len(unit.layers), unit.choice.kernels.get(regime)) for unit in self.units]
-        times = [count * chosen[1] for count, chosen in found if chosen is not None]
+        """Time of one pass through all layers of the group; None where the regime does not occur."""
+        times = [seconds for unit in self.units if (seconds := unit.seconds(regime)) is not None]
         return sum(times) if times else None
 
     def slower(self) -> dict[str, float]:
         """How many times dearer each other layout is, over the regimes as the chooser weighs them."""
-        chosen = sum(len(u.layers) * WEIGHTS[r] * s for u in self.units for r, (_, s) in u.choice.kernels.items())
+        chosen = sum(len(u.layers) * WEIGHTS[r] * c.price.seconds
+                     for u in self.units for r, c in u.choice.kernels.items())
         names = dict.fromkeys(name for unit in self.units for name in unit.choice.slower)
         total = {n: sum(len(u.layers) * u.choice.slower.get(n, 0.0) for u in self.units) for n in names}
         return {name: seconds / chosen for name, seconds in total.items()} if chosen else {}
@@ -126,16 +216,34 @@ def _rows(group: UnitGroup, checkpoint: Checkpoint, *, names: bool) -> Iterator[
         seconds = group.seconds(regime)
         if chosen is not None and seconds is not None:
             bound = f"M ≤ {largest}" if largest < 2**31 - 1 else "larger M"
-            yield regime, f"{chosen[0].name}  {duration(seconds)} modelled at M = {priced}  ({bound})"
+            price = f"{took(seconds, chosen.price.source)} at M = {priced}"
+            rounds = first.rounds[regime]
+            yield regime, (f"{chosen.spec.name}  {price}  ({bound}), {first.executions[regime]}"
+                           + (f", rounds {rounds}" if rounds else ""))
     yield "declared", declared_arithmetic(first)
     yield "executed", first.executed
+    assumes = first.choice.spec.assumes(first.request())
+    if assumes is not None:
+        yield "if", f"{assumes}; otherwise torch-tiled"
+    for line in better_lines(first.to_dict()):
+        yield "faster", shown(line, ERROR_CHARS)
     for name, times in group.slower().items():
         yield "slower", f"layout {name}: {times:.1f}× the time"
+    elsewhere = []
     for refusal in reasons_to_dict(first.choice.refused):
+        if not names and any(reason["code"] in _OTHER_KERNELS for reason in refusal["reasons"]):
+            elsewhere.append(refusal["kernel"])
+            continue
         regimes = refusal["regimes"]
         where = "" if len(regimes) == len(first.choice.kernels) else f" ({', '.join(regimes)})"
         reasons = "; ".join(shown(reason["text"]) for reason in refusal["reasons"])
         yield "refused", f"{refusal['kernel']}{where}: {reasons}"
+    if elsewhere:
+        yield "not for it", ", ".join(dict.fromkeys(elsewhere)) + " (other chips or layers; --all tells why)"
+
+
+# a kernel refused for one of these is made for another chip or another kind of layer: nobody would expect it here
+_OTHER_KERNELS: Final = frozenset({"vendor", *NOT_MEANT})
 
 
 def declared_arithmetic(unit: PlanUnit) -> str:
@@ -154,12 +262,21 @@ def _refused_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
             yield "", f"{refusal['kernel']}: " + "; ".join(shown(r["text"]) for r in refusal["reasons"])
 
 
+def cache_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """What happens to a declared key-value cache, as label and text; nothing where none is declared."""
+    cache = plan.kv_cache
+    if cache is None:
+        return []
+    return [("cache", f"declared {cache['declared']}"), ("", f"executed {cache['executed']}"),
+            *(("", shown(note)) for note in cache["notes"])]
+
+
 def memory_rows(plan: Plan) -> list[tuple[str, ...]]:
     """Predicted memory as label and text."""
     memory = plan.memory
     parts = [f"weights {size(memory.weights)}", f"plain tensors {size(memory.plain)}",
              f"workspace {size(memory.workspace)}", f"cache {size(memory.cache_per_token)} a token"]
-    total = f"{size(memory.at(_CONTEXT))} with {_CONTEXT:,} tokens, {size(memory.loading)} more while loading"
+    total = f"{size(memory.at(CONTEXT))} with {CONTEXT:,} tokens, {size(memory.loading)} more while loading"
     return [("memory", " · ".join(parts)), ("", f"predicted: {total}")]
 
 
@@ -169,11 +286,14 @@ def summary(plan: Plan) -> dict[str, Any]:
         "dialect": plan.dialect,
         "platform": plan.platform.name,
         "dtype": plan.dtype,
+        "quantization": plan.quantization,
         "kernels": [
             {"kind": g.units[0].kind, "count": len(g.layers), "scheme": str(g.units[0].scheme),
              "declared": str(g.units[0].declared), "executed": g.units[0].executed,
              "kernels": {r: spec.name for r, (spec, _) in g.units[0].choice.kernels.items()}}
             for g in fold_units(plan.units)
         ],
+        "kv_cache": None if plan.kv_cache is None else dict(plan.kv_cache),
         "memory": plan.memory.to_dict(),
+        "notes": list(plan.notes),
     }

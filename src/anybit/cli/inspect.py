@@ -75,7 +75,7 @@ def _remarks(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     cache = checkpoint.kv_cache
     if cache is not None:
         scales = f"scales for {counted(len(cache.scales), 'layer')}" if cache.scales else "no scales"
-        found.append(("key-value cache", f"{cache.element}, {scales}"))
+        found.append(("key-value cache", f"{cache}, {scales}"))
     notes = all_notes(checkpoint)
     found += [("note", shown(note)) for note in notes[:_MAX_NOTES]]
     if len(notes) > _MAX_NOTES:

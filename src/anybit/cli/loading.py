@@ -5,21 +5,24 @@ torch and transformers take most of the start; they are imported on a thread whi
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from anybit.checkpoints import Checkpoint
 from anybit.checkpoints import open as open_checkpoint
-from anybit.cli.explain import UnitGroup, declared_arithmetic, fold_units
+from anybit.cli.explain import UnitGroup, cache_rows, declared_arithmetic, fold_units
 from anybit.cli.output import Output, shown, size
 
 if TYPE_CHECKING:
+    from anybit.checkpoints.online import Online
     from anybit.hosts.transformers import Loading
 
 # heaviest first; each is needed by every model
@@ -38,9 +41,13 @@ class Choices:
 
     device: str | None = None
     dtype: str | None = None
-    quantization: str | None = None
-    kernel: str | None = None
+    quantization: Online | None = None
+    kernel: Sequence[str] | None = None
     threads: int | None = None
+    kv_cache: str = "auto"
+    strict: bool = False
+    batch_invariant: bool = False
+    plan: Path | None = None
 
 
 def warm_up() -> threading.Thread:
@@ -66,6 +73,7 @@ def _import_heavy() -> None:
         pass
     finally:
         gc.freeze()
+        atexit.register(gc.unfreeze)  # extension modules look for what is still alive at exit, and complain
         gc.enable()
 
 
@@ -93,7 +101,8 @@ def load(checkpoint: Checkpoint, choices: Choices, output: Output) -> tuple[Any,
     with output.progress(f"loading {shown(checkpoint.path.name)}", total) as advance:
         model = load_model(
             checkpoint, choices.dtype, choices.device, quantization=choices.quantization, kernel=choices.kernel,
-            progress=lambda _, done: advance(done),
+            kv_cache=choices.kv_cache, strict=choices.strict, batch_invariant=choices.batch_invariant,
+            plan=choices.plan, progress=lambda _, done: advance(done),
         )
     return model, tokenizer
 
@@ -105,17 +114,22 @@ def print_summary(output: Output, name: str, loading: Loading) -> None:
              f"on {plan.platform.title}", f"activations {plan.dtype}"]
     output.remark(" · ".join(shown(fact) for fact in facts))
     groups = list(fold_units(plan.units, by_kernels=False))
+    rows: list[tuple[str, ...]]
     rows = [("declared", text) for text in _merged((g.units[0].declared.element, declared_arithmetic(g.units[0]))
                                                    for g in groups)]
     rows += [("executed", text) for text in _merged((g.units[0].scheme.element, g.units[0].executed) for g in groups)]
     rows += [("kernels", why(group)) for group in groups]
+    rows += cache_rows(plan)
     memory = plan.memory
     predicted = memory.weights + memory.plain
     rows.append(("memory", f"predicted {size(predicted)} held, {size(predicted + memory.loading)} at most; "
                  f"measured {size(loading.held_bytes)} held, {size(loading.peak_bytes)} at most"))
-    output.remark_rows(rows)
-    if plan.changes_declared:
+    output.remark_rows([*rows, *(("note", shown(note)) for note in plan.notes)])
+    if plan.quantization is not None:
         output.warning(f"other arithmetic than the checkpoint declares, as asked: --quantization {plan.quantization}")
+    quantized = {unit.layers for unit in plan.units if unit.scheme != unit.declared}
+    for what in dict.fromkeys(change.what for change in plan.changes if change.layers not in quantized):
+        output.warning(f"other arithmetic than the checkpoint declares: {shown(what)}")
     output.remark()
 
 

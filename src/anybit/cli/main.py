@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from anybit import __version__
-from anybit.cli import chat, doctor, eval, explain, inspect, run
+from anybit.cli import bench, chat, doctor, eval, explain, fit, inspect, prove, run, tune
 from anybit.cli.output import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_REFUSED, Output, make_output
 from anybit.errors import AnybitError, DeviceProblem, Unsupported
 
@@ -26,6 +26,10 @@ COMMANDS: Final[tuple[tuple[str, Callable[..., Any]], ...]] = (
     ("chat", chat.chat),
     ("inspect", inspect.inspect),
     ("explain", explain.explain),
+    ("fit", fit.fit_command),
+    ("prove", prove.prove),
+    ("tune", tune.tune),
+    ("bench", bench.bench),
     ("eval", eval.evaluate),
     ("doctor", doctor.doctor),
 )

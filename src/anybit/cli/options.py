@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from anybit.errors import Unsupported
 
 INPUT = "Input"
 CHOICE = "Choice"
@@ -23,13 +26,45 @@ Dtype = Annotated[
 ]
 Quantization = Annotated[
     str | None,
-    typer.Option("--quantization", metavar="SCHEME", help="quantize the weights while loading: nvfp4, mxfp4, "
-                 "fp8_per_channel, int8_per_channel, int4_g128, ...", rich_help_panel=CHOICE, show_default=False),
+    typer.Option("--quantization", metavar="SCHEME[,RULE=SCHEME...]", help="quantize the weights while loading: "
+                 "nvfp4, mxfp4, fp8_per_channel, int8_per_channel, int4_g128, ...; RULE=SCHEME for some layers, none "
+                 "leaves them", rich_help_panel=CHOICE, show_default=False),
+]
+QuantizeOnly = Annotated[
+    list[str] | None,
+    typer.Option("--quantize-only", metavar="RULE", help="quantize these layers and no others: a module's name, "
+                 "Linear, Embedding, experts, re:PATTERN; repeatable", rich_help_panel=CHOICE, show_default=False),
+]
+QuantizeIgnore = Annotated[
+    list[str] | None,
+    typer.Option("--quantize-ignore", metavar="RULE", help="leave these layers as they are; repeatable",
+                 rich_help_panel=CHOICE, show_default=False),
 ]
 Kernel = Annotated[
-    str | None,
-    typer.Option("--kernel", help="use this kernel, or say why it cannot run", rich_help_panel=CHOICE,
-                 show_default="the cheapest"),
+    list[str] | None,
+    typer.Option("--kernel", metavar="[LAYERS=]NAME", help="use this kernel, or say why it cannot run: NAME, "
+                 "linear=NAME, MODULE=NAME or re:PATTERN=NAME; repeatable", rich_help_panel=CHOICE,
+                 show_default="the cheapest, or what ANYBIT_KERNEL says"),
+]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="refuse to run any layer otherwise than the checkpoint declares",
+                 rich_help_panel=CHOICE),
+]
+BatchInvariant = Annotated[
+    bool,
+    typer.Option("--batch-invariant", help="one kernel for any number of tokens: a row's product is the same bits in "
+                 "every batch", rich_help_panel=CHOICE),
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option("--plan", metavar="FILE", help="exactly the kernels of this plan (from explain --save), or a refusal "
+                 "that lists what differs", rich_help_panel=CHOICE, show_default=False),
+]
+KVCache = Annotated[
+    str,
+    typer.Option("--kv-cache", metavar="auto|none", help="a quantized key-value cache that the checkpoint declares: "
+                 "carried out, or left as it is", rich_help_panel=CHOICE),
 ]
 Device = Annotated[
     str | None,
@@ -60,3 +95,14 @@ Seed = Annotated[
 System = Annotated[
     str | None, typer.Option("--system", help="the system message", rich_help_panel=INPUT, show_default=False)
 ]
+
+
+def platform_names(on: str | None) -> list[str | None]:
+    """The names of --on, [None] (this machine) where it was not given. Raises Unsupported for nothing but commas."""
+    if on is None:
+        return [None]
+    names: list[str | None] = [name for part in on.split(",") if (name := part.strip())]
+    if not names:
+        raise Unsupported("--on names no platform", found=repr(on), wanted="one or more, with commas",
+                          remedy="--on mi300x,h100")
+    return names

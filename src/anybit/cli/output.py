@@ -169,7 +169,9 @@ class Output:
             console.print(Text(line.rstrip()), soft_wrap=not console.is_terminal, no_wrap=not console.is_terminal)
 
     @contextmanager
-    def progress(self, title: str, total: int, unit: Literal["bytes", "windows"] = "bytes") -> Iterator[Advance]:
+    def progress(
+        self, title: str, total: int, unit: Literal["bytes", "windows", "layers"] = "bytes"
+    ) -> Iterator[Advance]:
         """A bar over `total` units on a terminal, nothing elsewhere; call the result with what was done since."""
         if not self.is_interactive:
             yield lambda done: None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anybit.checkpoints.online import online
 from anybit.cli import options
 from anybit.cli.explain import summary
 from anybit.cli.loading import Choices, load, open_for_running, print_summary, warm_up
@@ -37,7 +38,13 @@ def run(
     device: options.Device = None,
     dtype: options.Dtype = None,
     quantization: options.Quantization = None,
+    quantize_only: options.QuantizeOnly = None,
+    quantize_ignore: options.QuantizeIgnore = None,
     kernel: options.Kernel = None,
+    kv_cache: options.KVCache = "auto",
+    strict: options.Strict = False,
+    batch_invariant: options.BatchInvariant = False,
+    plan: options.PlanFile = None,
     threads: options.Threads = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
@@ -62,10 +69,12 @@ def run(
     text = _prompt(output, prompt_, prompt)
     if not text.strip():
         raise Unsupported("the prompt is empty", wanted="a question, or text to continue", remedy="--prompt TEXT")
+    asked = online(quantization, quantize_only, quantize_ignore)
     importing = warm_up()
     checkpoint = open_for_running(model, output)
     importing.join()
-    loaded, tokenizer = load(checkpoint, Choices(device, dtype, quantization, kernel, threads), output)
+    choices = Choices(device, dtype, asked, kernel, threads, kv_cache, strict, batch_invariant, plan)
+    loaded, tokenizer = load(checkpoint, choices, output)
 
     from anybit.hosts.generating import Options, Session
     from anybit.hosts.tokenizers import chat_ids, raw_ids, stop_ids

@@ -37,15 +37,18 @@ def build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     Only architectures that transformers itself knows: no code of the checkpoint runs.
     """
     import transformers
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     demand_known(config.get("model_type"))
     kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in _DROPPED}
     try:
         made = CONFIG_MAPPING[config["model_type"]].from_dict(kept)
+        if kept.get("tie_word_embeddings") is False:
+            made.tie_word_embeddings = False  # the classes of the T5 family set it, whatever the checkpoint has
         with parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(made, dtype=dtype)  # type: ignore[no-untyped-call]
+            auto = AutoModelForSeq2SeqLM if getattr(made, "is_encoder_decoder", False) else AutoModelForCausalLM
+            model = auto.from_config(made, dtype=dtype)  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever a stranger's values provoke inside the architecture
         raise Unsupported(
             f"transformers {transformers.__version__} cannot build a model from this config",

@@ -24,12 +24,11 @@ from anybit.kernels.linear.planes_unit import as_unit
 from anybit.kernels.request import Request
 from anybit.planning.choose import Choice, Refusal, choose
 from anybit.planning.plan import Plan
+from anybit.planning.units import SAME_INPUT
 from anybit.schemes import Layer
 from anybit.weights import Dense, Weight
 
 _RELEASE_BYTES = 64 * 2**20  # read between two releases of freed memory: a call costs a millisecond
-# weights of a unit: larger layers keep memory and threads busy alone, and would be held twice while they are joined
-_UNIT_ELEMENTS = 2**24
 DeviceOf = Callable[[str], torch.device]
 Quantizer = Callable[[Layer, Weight], Weight]
 Progress = Callable[[str, int], None]
@@ -76,6 +75,7 @@ def assign(model: nn.Module, checkpoint: Checkpoint, plan: Plan, *, only_quantiz
     found = Assignment(naming)
     for layer in checkpoint.layers.values():
         _assign_layer(found, layer, plan, only_quantized)
+    _join_experts(found)
     _keep_plain_experts(found, naming, checkpoint)
     for name in checkpoint.plain:
         parameter = naming.parameter(name)
@@ -92,7 +92,9 @@ def _assign_layer(found: Assignment, layer: Layer, plan: Plan, only_quantized: b
     naming = found.naming
     direct = naming.parameter(layer.name)  # stacked experts carry the name of the parameter itself
     unit = plan.unit_of(layer.name)
-    is_ours = unit.scheme.is_quantized or (unit.choice.layout != "dense" and not only_quantized)
+    # the host's own product is torch's, for every M and without a promise about batches
+    is_hosts = set(unit.choice.names.values()) == {"torch-dense"} and not plan.policy.batch_invariant
+    is_ours = unit.scheme.is_quantized or not (is_hosts or only_quantized)
     if direct and not unit.scheme.is_quantized:
         found.tensors[direct] = layer.name
         return
@@ -108,10 +110,21 @@ def _assign_layer(found: Assignment, layer: Layer, plan: Plan, only_quantized: b
         found.tensors[f"{place.module}.weight"] = layer.name
 
 
+# the hosts' own classes that compute what nn.Linear does; Conv1D (GPT-2) stores its weight [K, N]
+_LINEAR_LIKE = ("Conv1D", "FalconLinear")
+
+
 def _is_replaceable(module: nn.Module) -> bool:
     """Plain linears and lookup tables, and tables that say the factor they scale by; other subclasses do more."""
     scaled = isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")
-    return type(module) in (nn.Linear, nn.Embedding) or scaled
+    return type(module) in (nn.Linear, nn.Embedding) or type(module).__name__ in _LINEAR_LIKE or scaled
+
+
+def _join_experts(found: Assignment) -> None:
+    """An unquantized projection that carries its parameter's name goes with the other projections of its experts."""
+    for module, roles in found.experts.items():
+        for parameter in [name for name in found.tensors if name.rpartition(".")[0] == module]:
+            roles.setdefault(parameter.rpartition(".")[2], {})[-1] = found.tensors.pop(parameter)
 
 
 def _keep_plain_experts(found: Assignment, naming: Naming, checkpoint: Checkpoint) -> None:
@@ -150,7 +163,8 @@ class Filler:
             self.model.set_submodule(path, self._experts(path, roles))
         if with_plain:
             for parameter, name in found.tensors.items():
-                self._set_layer(parameter, self._read(name))
+                is_turned = bool(self.checkpoint.layers[name].storage.get("transposed"))
+                self._set_layer(parameter, self._read(name), is_turned)
             for parameter, name in found.plain.items():
                 self._set(parameter, self.checkpoint.read_plain(name))
         self._tie()
@@ -191,27 +205,24 @@ class Filler:
         choice: Choice | tuple[Refusal, ...] = unit.choice
         if weight.scheme.weight_only() != unit.scheme.weight_only():
             request = Request(unit.kind, weight.scheme, tuple(weight.shape), unit.dtype)
-            choice = choose(request, self.plan.platform)
+            choice = choose(request, self.plan.platform, policy=self.plan.policy)
             if not isinstance(choice, Choice):
                 raise Unsupported("no kernel runs this layer as it turned out to be", where=name,
                                   found=str(weight.scheme), wanted=str(unit.scheme))
         assert isinstance(choice, Choice)
-        spec = choice.kernels["decode"][0]
-        kernels = {regime: spec.name for regime, (spec, _) in choice.kernels.items()}
-        return implementation(spec).prepare(weight.to(device), self.dtype, kernels)
+        prepare = implementation(choice.spec).prepare
+        if self.plan.policy.batch_invariant:
+            return prepare(weight.to(device), self.dtype, choice.names, pinned=True)
+        return prepare(weight.to(device), self.dtype, choice.names)
 
     def _install_unit(self, paths: tuple[str, ...]) -> bool:
         """Layers that read the same input as one product, where their kernel stores them so; False: one by one."""
         names = [self.assignment.modules[path] for path in paths]
-        choices = [self.plan.unit_of(name).choice for name in names]
-        if len(paths) == 1 or any(c.layout != "planes" for c in choices) or self.device_of(paths[0]).type != "cpu":
-            return False
-        schemes = {self.plan.unit_of(name).scheme for name in names}
-        elements = sum(self.checkpoint.layers[name].elements for name in names)
-        if len(schemes) > 1 or elements > _UNIT_ELEMENTS:
+        if not self.plan.runs_as_one(tuple(names)) or self.device_of(paths[0]).type != "cpu":
             return False
         weights = [self._read_for(path, name) for path, name in zip(paths, names, strict=True)]
-        stored = as_unit(weights) if {w.scheme for w in weights} == schemes else None
+        as_planned = all(w.scheme == self.plan.unit_of(n).scheme for n, w in zip(names, weights, strict=True))
+        stored = as_unit(weights, self.plan.unit_of(names[0]).choice.names) if as_planned else None
         for i, (path, name, weight) in enumerate(zip(paths, names, weights, strict=True)):
             device = self.device_of(path)
             kept = self._prepare(name, weight, device) if stored is None else stored[i]
@@ -267,13 +278,19 @@ class Filler:
         for index in range(count):
             yield self._linear(by[index], self._read(by[index]), device)
 
-    def _set_layer(self, parameter: str, weight: Weight) -> None:
-        """A layer as the host's own parameter, with its bias where the host has one for it."""
-        self._set(parameter, weight.tensor if isinstance(weight, Dense) else weight.dequantize())
+    def _set_layer(self, parameter: str, weight: Weight, is_turned: bool = False) -> None:
+        """A layer as the host's own parameter, [in, out] if it `is_turned`, with its bias where the host has one."""
         stem = parameter.removesuffix(".weight")
+        value = weight.tensor if isinstance(weight, Dense) else weight.dequantize()
+        is_turned |= stem != parameter and type(self.model.get_submodule(stem)).__name__ == "Conv1D"
+        self._set(parameter, value.mT if is_turned else value)
         bias = f"{stem}.bias" if stem != parameter else f"{parameter}_bias"  # stacked experts are bare parameters
         if weight.bias is not None and bias in self.assignment.naming.parameters:
             self._set(bias, weight.bias)
+        elif weight.bias is not None and bool(weight.bias.any()):
+            raise Inconsistent("the checkpoint has a bias and the model's config none", where=parameter,
+                               found=f"{bias}, {int(weight.bias.count_nonzero())} numbers that are not 0",
+                               wanted="a config with this bias", remedy="take both from one source")
 
     def _set(self, parameter: str, value: Tensor) -> None:
         path, _, name = parameter.rpartition(".")
@@ -291,6 +308,8 @@ class Filler:
         """A head without tensors of its own reads the embedding table."""
         model = cast("Any", self.model)
         table = model.get_input_embeddings()
+        if getattr(model.config, "is_encoder_decoder", False):
+            model.set_input_embeddings(table)  # encoder and decoder hold it a second and third time
         head = model.get_output_embeddings()
         if isinstance(head, AnybitLinear):
             return
@@ -298,10 +317,6 @@ class Filler:
             model.tie_weights()
         elif self.assignment.naming.tied_head:
             model.set_output_embeddings(TiedHead(table))
-
-
-# children of one module that read the same input, by the hubs' names
-SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def _units(paths: Mapping[str, str]) -> list[tuple[str, ...]]:
@@ -324,6 +339,8 @@ def _shape_of(module: nn.Module) -> tuple[int, int]:
     """[N, K] of a linear, [rows, columns] of a table, also where its parameters are elsewhere."""
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
+    if type(module).__name__ == "Conv1D":
+        return int(cast("int", module.nf)), int(cast("int", module.nx))
     return int(cast("int", module.out_features)), int(cast("int", module.in_features))
 
 

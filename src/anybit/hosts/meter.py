@@ -1,6 +1,7 @@
 """One memory meter: bytes held and peak over a region, on the CPU and on any device of torch.
 
-On a CPU it is this process's anonymous memory (mapped files do not count); on a GPU the allocator's bytes.
+On a CPU it is this process's anonymous memory (mapped files do not count); on a GPU, NVIDIA's and AMD's alike, the
+bytes that torch's allocator has given out. Meters may be nested: none resets a counter that another reads.
 """
 
 from __future__ import annotations
@@ -45,16 +46,22 @@ class Meter:
         self.held_bytes = 0
         self.peak_bytes = 0
         self._base = 0
+        self._peak_before = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def _now(self) -> int:
         return anonymous_bytes() if self.device.type == "cpu" else torch.cuda.memory_allocated(self.device)
 
+    def _peak(self) -> int:
+        """The allocator's own peak since someone last reset it; 0 on a CPU, which keeps none."""
+        return 0 if self.device.type == "cpu" else torch.cuda.max_memory_allocated(self.device)
+
     def __enter__(self) -> Meter:
         """Begin: a thread samples the peak every two milliseconds."""
         release_freed()  # what was freed before must not count against what is allocated now
         self._base = self._now()
+        self._peak_before = self._peak()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
         return self
@@ -72,3 +79,6 @@ class Meter:
             self._thread.join()
         self.held_bytes = self._now() - self._base
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+        peak = self._peak()
+        if peak > self._peak_before:  # a new maximum falls into this region: exact, where samples may miss it
+            self.peak_bytes = max(self.peak_bytes, peak - self._base)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -105,6 +106,15 @@ class AnybitLinear(_Bound):
         return f"in={self.in_features}, out={self.out_features}, {self.product.scheme}"
 
 
+@dataclass(frozen=True)
+class Whereabouts:
+    """What a host may ask of the weight of a packed table: where it is, its dtype, its shape; all else is an error."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: torch.Size
+
+
 class AnybitEmbedding(_Bound):
     """Rows of a packed table: takes the place of torch.nn.Embedding. index [..] -> [.., embedding_dim] in `dtype`."""
 
@@ -119,6 +129,12 @@ class AnybitEmbedding(_Bound):
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
+
+    @property
+    def weight(self) -> Whereabouts:
+        """Device and dtype: Llama 4 asks its table where to send the tokens."""
+        held = next(iter(self.buffers()))
+        return Whereabouts(held.device, self.dtype, torch.Size((self.num_embeddings, self.embedding_dim)))
 
     def forward(self, index: Tensor) -> Tensor:
         """The lookup."""

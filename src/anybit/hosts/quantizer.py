@@ -14,29 +14,43 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from anybit.checkpoints import open as open_checkpoint
-from anybit.errors import DeviceProblem
+from anybit.checkpoints.online import Quantization, online, quantizer
+from anybit.errors import DeviceProblem, Inconsistent
+from anybit.hosts import kv_cache
 from anybit.hosts.filling import Assignment, Filler, assign, demand_filled, wanted_dtype
-from anybit.planning.plan import plan_layers
+from anybit.hosts.plans import make_plan
 from anybit.platforms import detect
 
 
 class AnybitConfig(QuantizationConfigMixin):
-    """What transformers carries around: where the checkpoint is."""
+    """What transformers carries around: where the checkpoint is, how it may run, what to quantize while loading.
 
-    def __init__(self, source: str = "", **options: Any) -> None:
-        """`source` is the checkpoint's folder."""
+    >>> AutoModelForCausalLM.from_pretrained(path, quantization_config=AnybitConfig(quantization="nvfp4"))
+    """
+
+    def __init__(
+        self, source: str = "", strict: bool = False, quantization: Quantization | None = None, kv_cache: str = "auto",
+        **options: Any,
+    ) -> None:
+        """`source` is the checkpoint's folder; `strict` refuses any change of arithmetic; the rest as for `load`."""
+        asked = online(quantization)
+        self.quantization = None if asked is None else str(asked)
         self.quant_method = "anybit"  # type: ignore[assignment]
         self.source = source
+        self.strict = strict
+        self.kv_cache = kv_cache
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The config from its dictionary."""
-        made = cls(source=str(config_dict.get("source", "")))
+        made = cls(source=str(config_dict.get("source", "")), strict=bool(config_dict.get("strict", False)),
+                   quantization=config_dict.get("quantization"), kv_cache=str(config_dict.get("kv_cache", "auto")))
         return (made, kwargs) if return_unused_kwargs else made
 
     def to_dict(self) -> dict[str, Any]:
         """The config as a dictionary."""
-        return {"quant_method": "anybit", "source": self.source}
+        return {"quant_method": "anybit", "source": self.source, "strict": self.strict,
+                "quantization": self.quantization, "kv_cache": self.kv_cache}
 
 
 class AnybitQuantizer(HfQuantizer):
@@ -46,31 +60,69 @@ class AnybitQuantizer(HfQuantizer):
     requires_parameters_quantization = False
 
     def __init__(self, quantization_config: AnybitConfig, **kwargs: Any) -> None:
-        """Always of an already quantized checkpoint."""
+        """For transformers the checkpoint counts as quantized, also where we quantize it while loading."""
         super().__init__(quantization_config, **kwargs)
         self.pre_quantized = True
         self.checkpoint = open_checkpoint(quantization_config.source)
+        self.strict = quantization_config.strict
+        self.online = online(quantization_config.quantization)
+        self.kv_cache = quantization_config.kv_cache
         self.filler: Filler | None = None
+        self._missing: set[str] = set()
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         device_map = kwargs.get("device_map") or {"": "cpu"}
         first = _one_kind(device_map)
         dtype = model.dtype
         name = str(dtype).removeprefix("torch.")
-        plan = plan_layers(self.checkpoint, detect("cpu" if first.type == "cpu" else str(first)), dtype=name)
+        platform = detect("cpu" if first.type == "cpu" else str(first))
+        plan = make_plan(self.checkpoint, platform, dtype=name, strict=self.strict, quantization=self.online,
+                         kv_cache=self.kv_cache)
         plan.demand_complete()
         assignment = assign(model, self.checkpoint, plan, only_quantized=True)
         self._leave_to_us(model, assignment)
+        self._learn_what_is_missing(model)
         self.filler = Filler(
-            model, self.checkpoint, plan, assignment, dtype, device_of=lambda path: _device_for(path, device_map)
+            model, self.checkpoint, plan, assignment, dtype, device_of=lambda path: _device_for(path, device_map),
+            quantize=None if self.online is None else quantizer(self.online),
         )
+
+    def _learn_what_is_missing(self, model: Any) -> None:
+        """Keep the names of parameters that no file has: transformers initialises them at random and only logs it."""
+        adjust = model._adjust_missing_and_unexpected_keys
+
+        def adjust_and_keep(loading_info: Any) -> Any:
+            done = adjust(loading_info)
+            self._missing = set(loading_info.missing_keys)
+            return done
+
+        model._adjust_missing_and_unexpected_keys = adjust_and_keep
+
+    def _demand_loaded(self, model: Any) -> None:
+        """Raise Inconsistent for random parameters of the model that the checkpoint says it holds.
+
+        A head that the user's own class adds (for a classification, say) is his to train.
+        """
+        del model._adjust_missing_and_unexpected_keys
+        assert self.filler is not None
+        if type(model).__name__ not in (self.checkpoint.config.get("architectures") or ()):
+            return
+        assignment = self.filler.assignment
+        filled = set(assignment.tensors) | (set(assignment.plain) if self.checkpoint.has_new_names else set())
+        left = sorted(n for n, _ in model.named_parameters() if n in self._missing and n not in filled)
+        if left:
+            raise Inconsistent(
+                "the checkpoint has no tensor for this part of the model", where=left[0], found="nothing",
+                wanted="a tensor, or a config without this part",
+                remedy="the checkpoint is incomplete, or its config belongs to another model", more=tuple(left[1:]),
+            )
 
     def _leave_to_us(self, model: Any, assignment: Assignment) -> None:
         """Tensors of our modules are neither unexpected nor missing for transformers."""
         ours = [*assignment.modules.values()]
         ours += [name for roles in assignment.experts.values() for by in roles.values() for name in by.values()]
         tensors = {t for name in ours for t in self.checkpoint.layers[name].tensors.values()}
-        names = tensors | set(assignment.unused)
+        names = tensors | set(assignment.unused) | self._cache_scales()
         names |= {assignment.naming.renamed(name) for name in names}
         prefix = f"{model.base_model_prefix}."
         names |= {name.removeprefix(prefix) for name in tensors}
@@ -81,15 +133,22 @@ class AnybitQuantizer(HfQuantizer):
         known = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = known | set(ignored)
 
+    def _cache_scales(self) -> set[str]:
+        cache = self.checkpoint.kv_cache
+        return set() if cache is None else {name for pair in cache.scales.values() for name in pair if name}
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assert self.filler is not None
         with torch.no_grad():
-            self.filler.fill(with_plain=False)
+            self.filler.fill(with_plain=self.checkpoint.has_new_names)
             # transformers 5.17 leaves renamed parameters in the file's dtype
             for name, parameter in model.named_parameters():
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.to(wanted_dtype(model, name, self.filler.dtype))
         demand_filled(model, self.filler.assignment.unused)
+        self._demand_loaded(model)
+        if self.kv_cache == "auto":
+            kv_cache.install(model, self.checkpoint, self.filler.assignment.naming, self.filler.device_of)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:

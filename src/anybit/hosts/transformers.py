@@ -8,7 +8,7 @@ refuse or silently misread. Both verify that every parameter received data.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ import torch
 
 from anybit.checkpoints import open as open_checkpoint
 from anybit.checkpoints.checkpoint import Checkpoint
-from anybit.checkpoints.online import quantizer
+from anybit.checkpoints.online import Online, Quantization, online, quantizer
+from anybit.checkpoints.online_rules import Targets
 from anybit.errors import DeviceProblem, Unsupported
+from anybit.hosts import kv_cache as cache_quantization
+from anybit.hosts.blocks import shorten_steps
 from anybit.hosts.building import build
 from anybit.hosts.filling import Filler, Progress, assign, demand_filled
 from anybit.hosts.meter import Meter
-from anybit.hosts.plans import make_plan
+from anybit.hosts.plans import Written, make_plan
 from anybit.hosts.steps import run_small_steps_alone
 from anybit.planning.plan import Plan
 from anybit.platforms import Platform, detect
@@ -65,8 +68,14 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | int | torch.device | None = None,
     *,
-    quantization: str | None = None,
-    kernel: str | None = None,
+    quantization: Quantization | None = None,
+    targets: Targets = (),
+    ignore: Sequence[str] = (),
+    kernel: str | Sequence[str] | None = None,
+    kv_cache: str = "auto",
+    strict: bool = False,
+    batch_invariant: bool = False,
+    plan: Written | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """An ordinary transformers causal language model whose quantized layers are ours.
@@ -74,8 +83,14 @@ def load(
     path          "smollm2", a folder, a .gguf file, a hub id, or an open Checkpoint
     dtype         of activations and plain tensors; default float32 on a CPU, the checkpoint's own on a GPU
     device        "cpu", "cuda", "cuda:1" or 1; default a GPU where there is one
-    quantization  quantize the checkpoint's unquantized layers while loading (`anybit.checkpoints.online.ONLINE`)
-    kernel        use this kernel, or refuse with its reasons
+    quantization  quantize layers while loading: a name, text with rules, or an Online (docs/quantization.md)
+    targets       {rule: name} for layers with another scheme, or rules that alone get `quantization`
+    ignore        rules whose layers stay as they are
+    kernel        rules such as "torch-tiled" or "re:.*down_proj=NAME": use this kernel, or refuse with its reasons
+    kv_cache      "auto" carries out a quantized key-value cache that the checkpoint declares, "none" leaves it
+    strict        refuse to run any layer otherwise than the checkpoint declares
+    batch_invariant   one kernel for all M: a product's row is the same bits in every batch
+    plan          a plan made before (its file, its document, or a Plan): exactly its kernels, or a refusal
 
     The model carries `model.anybit`, a Loading. Raises AnybitError for whatever is wrong with the checkpoint or the
     device; never leaves a parameter random.
@@ -85,10 +100,16 @@ def load(
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     checkpoint.demand_loadable()
     target, platform = _device(device)
-    chosen = make_plan(checkpoint, platform, dtype=dtype, quantization=quantization, kernel=kernel)
+    asked = online(quantization, targets, ignore)
+    chosen = make_plan(
+        checkpoint, platform, dtype=dtype, quantization=asked, kernel=kernel, kv_cache=kv_cache, strict=strict,
+        batch_invariant=batch_invariant, plan=plan,
+    )
     chosen.demand_complete()
+    if chosen.quantization is not None and asked is None:
+        asked = online(chosen.quantization)  # a plan made before says so
     with Meter(target) as meter:
-        model, unused = _build_and_fill(checkpoint, chosen, target, quantization, progress)
+        model, unused = _build_and_fill(checkpoint, chosen, target, asked, progress)
     _set_generation(model, checkpoint)
     model.anybit = Loading(checkpoint, chosen, tuple(unused), meter.held_bytes, meter.peak_bytes)
     model.save_pretrained = _refuse_saving
@@ -104,23 +125,28 @@ def _refuse_saving(*_: Any, **__: Any) -> None:
 
 
 def _build_and_fill(
-    checkpoint: Checkpoint, chosen: Plan, target: torch.device, quantization: str | None, progress: Progress | None
+    checkpoint: Checkpoint, chosen: Plan, target: torch.device, asked: Online | None, progress: Progress | None
 ) -> tuple[Any, list[str]]:
     dtype = getattr(torch, chosen.dtype)
     model = build(checkpoint.config, dtype)
     assignment = assign(model, checkpoint, chosen)
     filler = Filler(
         model, checkpoint, chosen, assignment, dtype, device_of=lambda _: target, progress=progress,
-        quantize=quantizer(quantization) if quantization else None,
+        quantize=quantizer(asked) if asked is not None else None,
     )
     with torch.no_grad():
         filler.fill()
     demand_filled(model, assignment.unused)
+    unused = list(assignment.unused)
+    if chosen.kv_cache is not None and chosen.kv_cache["is_executed"]:
+        unused += cache_quantization.install(model, checkpoint, assignment.naming, lambda _: target)
     if target.type == "cpu" and any(unit.choice.layout == "planes" for unit in chosen.units):
         run_small_steps_alone(model)
+        if chosen.dtype == "float32" and not chosen.policy.batch_invariant:
+            shorten_steps(model)
     if target.type != "cpu":
         model.to(target)  # rotary tables and other buffers; the weights are there already
-    return model, assignment.unused
+    return model, unused
 
 
 def _set_generation(model: Any, checkpoint: Checkpoint) -> None:
@@ -142,10 +168,12 @@ def _set_generation(model: Any, checkpoint: Checkpoint) -> None:
 METHOD = "anybit"
 
 
-def enable() -> None:
+def enable(*, strict: bool = False) -> None:
     """Make plain `AutoModelForCausalLM.from_pretrained` read the checkpoints of our dialects through us.
 
-    Calling it twice changes nothing; plain (unquantized) checkpoints and `gguf_file=` are left to transformers.
+    strict  refuse to run any layer otherwise than the checkpoint declares
+
+    Calling it again changes `strict` alone; plain (unquantized) checkpoints and `gguf_file=` are left to transformers.
     """
     import transformers.modeling_utils as modeling
     from transformers.quantizers import auto
@@ -156,18 +184,23 @@ def enable() -> None:
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = AnybitConfig
     original: Callable[..., Any] = modeling.get_hf_quantizer  # type: ignore[attr-defined]
     if getattr(original, "is_anybit", False):
+        original.strict = strict  # type: ignore[attr-defined]
         return
 
     def take_over(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("gguf_file") is None:
-            source = _source_of(config)
+            asked = quantization_config if isinstance(quantization_config, AnybitConfig) else AnybitConfig()
+            source = _source_of(config, or_plain=asked.quantization is not None)
             if source is not None:
-                config.quantization_config = AnybitConfig(source=str(source)).to_dict()
+                strict = take_over.strict or asked.strict  # type: ignore[attr-defined]
+                made = AnybitConfig(str(source), strict, asked.quantization, asked.kv_cache)
+                config.quantization_config = made.to_dict()
                 _name_weights(config, source)
                 quantization_config = None
         return original(config, quantization_config, *args, **kwargs)
 
     take_over.is_anybit = True  # type: ignore[attr-defined]
+    take_over.strict = strict  # type: ignore[attr-defined]
     modeling.get_hf_quantizer = take_over  # type: ignore[attr-defined]
 
 
@@ -178,8 +211,8 @@ def _name_weights(config: Any, folder: Path) -> None:
         config.transformers_weights = files[0]
 
 
-def _source_of(config: Any) -> Path | None:
-    """The folder of a quantized checkpoint that `config` was read from, if one of our dialects has it."""
+def _source_of(config: Any, *, or_plain: bool = False) -> Path | None:
+    """The folder of a quantized checkpoint, `or_plain`, that `config` was read from, if one of our dialects has it."""
     from transformers.utils.hub import cached_file
 
     name = getattr(config, "_name_or_path", "") or ""
@@ -196,4 +229,4 @@ def _source_of(config: Any) -> Path | None:
     except Unsupported:
         return None  # a method that only transformers knows is its own business
     quantized = any(layer.scheme.is_quantized for layer in checkpoint.layers.values())
-    return folder if quantized else None
+    return folder if or_plain or quantized or checkpoint.kv_cache is not None else None
