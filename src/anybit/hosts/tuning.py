@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -142,8 +143,9 @@ class _Copies:
             self.fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
     def _one(self, spec: KernelSpec, weight: Weight, kernels: dict[Regime, str]) -> Product:
-        stored: Stored = implementation(spec).prepare(weight.to(self.device), self.dtype, kernels)
-        return product_of(weight.to(self.device), stored)
+        own = deepcopy(weight.to(self.device))  # a layout may keep the tensors it is given: copies would be one
+        stored: Stored = implementation(spec).prepare(own, self.dtype, kernels)
+        return product_of(own, stored)
 
     @property
     def first(self) -> Product:
