@@ -57,10 +57,10 @@ def line(*ids: str) -> Callable[[Test], Test]:
 
 def refusal(path: Path) -> AnybitError:
     """What reading headers and declaring layers ends in; it must be cheap."""
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(AnybitError) as caught:
         dialect.declare(read_contents(path))
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     return caught.value
 
 
@@ -191,9 +191,9 @@ def test_version_2_is_read() -> None:
 @line("GG05")
 def test_a_million_empty_strings_cost_little(tmp_path: Path) -> None:
     path = written(tmp_path, with_pair(raw_array("k", STRING, 10**6, bytes(8 * 10**6))))
-    start = time.perf_counter()
+    start = time.process_time()
     contents = read_contents(path)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert contents.gguf is not None
     assert len(contents.gguf["k"]) == 10**6
 

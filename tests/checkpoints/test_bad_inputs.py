@@ -56,10 +56,10 @@ def ids(cases: list[Case]) -> list[str]:
 
 def refusal(call: Callable[[], object], seconds: float = 1.0) -> AnybitError:
     """The error of a call, which must be cheap and say where."""
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(AnybitError) as caught:
         call()
-    assert time.perf_counter() - start < 2 * seconds  # twice the promise: the machine may be busy
+    assert time.process_time() - start < 2 * seconds  # twice the promise: the machine may be busy
     assert caught.value.where
     return caught.value
 
@@ -638,9 +638,9 @@ def test_nan_in_a_plain_weight_is_read(tmp_path: Path) -> None:
 @line("QT23")
 @pytest.mark.parametrize("pattern", [r"^(.*\.)*(.*)*$x", r"(a|aa)+$", r"(a+)+$", r"(?:a|a?)+b$"])
 def test_exponential_patterns_cost_nothing(pattern: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert Patterns.match([pattern], where="ignore").first("a" * 200 + ".b!") is None
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 LOOK_AHEAD = [("^(?!.*experts).*$", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.experts.3.up_proj"),
@@ -681,10 +681,10 @@ def test_too_many_or_too_long_patterns_are_refused() -> None:
 
 @line("QT25")
 def test_a_hundred_thousand_names_against_three_hundred_thousand_layers() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     patterns = Patterns.fnmatch((f"model.layers.{n}" for n in range(limits.MAX_PATTERNS)), where="ignore")
     assert sum(patterns.first(f"model.layers.{n}") is not None for n in range(300_000)) == limits.MAX_PATTERNS
-    assert time.perf_counter() - start < 5.0
+    assert time.process_time() - start < 5.0
 
 
 # --- beyond the lines ------------------------------------------------------------------------------------------------

@@ -143,10 +143,10 @@ def test_the_headers_of_512_experts_in_60_layers_are_read_in_seconds(tmp_path: P
                                 "config_groups": {"group_0": {"weights": {"group_size": 16}}}},
     })
     os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size + at)  # sparse
-    start = time.perf_counter()
+    start = time.process_time()
     checkpoint = anybit.open(folder)
     assert len(checkpoint.layers) == 60 * 512 * 3
-    assert time.perf_counter() - start < 20  # 6 s on two idle cores
+    assert time.process_time() - start < 20  # 6 s on two idle cores
 
 
 EXPERT_TENSORS = [  # leaf, dtype, shape, bytes: the smallest of NVFP4

@@ -66,17 +66,17 @@ def test_look_ahead_works_although_re2_lacks_it() -> None:
 
 @pytest.mark.parametrize("pattern", [r"^(.*\.)*(.*)*$x", r"(a|aa)+$"])
 def test_patterns_that_explode_cost_nothing_in_re2(pattern: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert Patterns.search([pattern], where="here").first("a" * 60 + "b") is None
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_patterns_that_explode_with_look_ahead_are_unsafe() -> None:
     found = Patterns.match([r"^(?:(a|aa)(?!x))+[bd]$"], where="config.json")
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(Unsafe, match="takes too long"):
         found.first("a" * 60 + "c")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_a_pattern_that_does_not_compile_is_damaged() -> None:
@@ -94,17 +94,17 @@ def test_too_many_or_too_long_patterns_are_limited() -> None:
 def test_long_lists_of_names_are_looked_up() -> None:
     names = [f"model.layers.{i}.mlp" for i in range(100_000)]
     found = Patterns.fnmatch(names, where="here")
-    start = time.perf_counter()
+    start = time.process_time()
     assert all(found.first(name) == i for i, name in enumerate(names))
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_a_hundred_thousand_regexes_are_matched_together() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     found = Patterns.match((rf".*layers\.{n}\.up$" for n in range(limits.MAX_PATTERNS)), where="here")
     assert [found.first(f"model.layers.{n}.up") for n in (0, 777, 99_999)] == [0, 777, 99_999]
     assert found.first("model.layers.100000.up") is None
-    assert time.perf_counter() - start < 15
+    assert time.process_time() - start < 15
 
 
 def test_patterns_too_large_together_are_matched_one_by_one() -> None:

@@ -102,7 +102,7 @@ def _layers_by_window(facts: Mapping[str, Any]) -> dict[int | None, int]:
     """How many layers keep so many tokens; None is all of them."""
     kinds = facts.get("layer_types")
     if not isinstance(kinds, (list, tuple)):
-        slides = facts.get("model_type") in _ALL_SLIDE and _number(facts, "sliding_window") > 0
+        slides = str(facts.get("model_type")) in _ALL_SLIDE and _number(facts, "sliding_window") > 0
         kind = "sliding_attention" if slides else "full_attention"
         kinds = [kind] * _number(facts, "num_hidden_layers", "n_layer")
     found: dict[int | None, int] = {}

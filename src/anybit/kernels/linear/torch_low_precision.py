@@ -24,7 +24,7 @@ _SCALED_MM_ARCHS: Final[Mapping[str, str]] = {
 }
 _INT_MM_ARCHS: Final = ("sm_80", "sm_86", "sm_89", "sm_90")
 _LAUNCH_SECONDS: Final = 5e-6
-# share of bandwidth and of the matrix rate that these reached on an H200, docs/performance.md
+# share of bandwidth and of the matrix rate that these reached on an H200 (planning/priors)
 _SCALED_REACHED: Final = (0.55, 0.60)
 _INT_REACHED: Final = (0.50, 0.37)
 

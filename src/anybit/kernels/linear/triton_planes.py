@@ -264,11 +264,14 @@ def _product_case(
         kernel, "anybit.kernels.triton.planes_kernels:matmul_kernel", arch,
         f"{name} {dtype} M={tokens}" + ("" if shape == _SHAPE else f" N={n}"), types, fixed,
         divisible=("N", "NP", "K", "KP", "x_stride", "z_stride"), num_warps=config.warps, num_stages=config.stages,
-        options={"launch_pdl": True} if waits else {}, expects=(_matrix_instruction(arch),), spills=_SPILLS,
+        options={"launch_pdl": True} if waits else {}, expects=(_matrix_instruction(arch),),
+        spills=_SPILLS_OF_WIDE if form.scaling == "group" and (config.rows, config.warps) == (128, 4) else _SPILLS,
     )  # fmt: skip
 
 
 _SPILLS: Final = 4  # ptxas parks a word or two on the stack by its own choice, far below the registers it may use
+# sums of groups beside the accumulator: 4..6 % faster on an H200 than tiles that spill nothing
+_SPILLS_OF_WIDE: Final = 16
 
 
 def _claims(arch: str) -> bool:
