@@ -26,6 +26,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -75,10 +76,14 @@ def name_of(case: CompileCase) -> str:
 
 def source_hash(case: CompileCase) -> str:
     """Digest of all that decides the compiled code: the function's module, its own imports, the case's settings."""
-    module = case.function.partition(":")[0]
-    texts = [path.read_text() for path in sorted(_closure(module))]
+    texts = _texts(case.function.partition(":")[0])
     settings = json.dumps(asdict(case), sort_keys=True, default=str)
     return hashlib.sha256("\0".join([*texts, settings]).encode()).hexdigest()[:16]
+
+
+@cache
+def _texts(module: str) -> tuple[str, ...]:
+    return tuple(path.read_text() for path in sorted(_closure(module)))
 
 
 def _closure(module: str) -> set[Path]:

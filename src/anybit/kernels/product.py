@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from anybit.kernels.catalogue import Stored
@@ -42,6 +43,12 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [.., K] in a float dtype -> [.., N] in the same dtype."""
+        if x.is_cuda and x.device.index != torch.cuda.current_device():  # kernels are launched on the current device
+            with torch.cuda.device(x.device):
+                return self._run(x)
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         tokens = rows.shape[0]
         if self.pre_scale is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final
 
 from anybit.kernels.compiling import CompileCase
@@ -95,6 +96,7 @@ class Config:
     waits: bool = False
 
 
+@lru_cache(maxsize=1024)
 def operands(product: Product8, arch: str, *, exact: bool = False) -> Operands | None:
     """The operands on an architecture: native where it has them and `exact` does not forbid its adder, else float16."""
     facts = ARCHS.get(arch)
@@ -117,6 +119,7 @@ def column_block(product: Product8) -> int:
     return block if block >= 32 else 0
 
 
+@lru_cache(maxsize=4096)
 def configure(n: int, k: int, m: int | None, arch: str, product: Product8, given: Operands) -> Config:
     """Tiles for M rows by [N, K]; pure. M None: tiles for any M, the same for all, and K in one piece."""
     if m is None:
@@ -130,11 +133,12 @@ def configure(n: int, k: int, m: int | None, arch: str, product: Product8, given
     if facts.vendor == "amd":
         tile = _amd_tile(m, bk, facts.wave, is_wide=is_wide)
     elif m > 64 and not is_wide:
-        tile = _large_tile(m, bk, arch, keeps_two=in_blocks or given.promote)
+        corrected = product.w_shifted or not product.activation.symmetric  # zero points take registers of the epilogue
+        tile = _large_tile(m, bk, arch, keeps_two=in_blocks or given.promote or corrected)
     else:
         bm = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
         small = bm <= 32 or not facts.shared_bytes >= 160 * 1024
-        tile = Config(bm, 64 if small else 128, bk, 4 if bm < 128 else 8, 4 if bk >= 128 else 5, swap=True)
+        tile = Config(bm, 64 if small or in_blocks else 128, bk, 4 if bm < 128 else 8, 4 if bk >= 128 else 5, swap=True)
     return _fitting(_split(tile, n, k, m, arch), facts.shared_bytes, 2 if is_wide else 1)
 
 

@@ -63,7 +63,9 @@ def arch_of(device: torch.device) -> str:
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Launches go to the current device, which may be another one than the tensors'."""
-    return nullcontext() if device.type != "cuda" else torch.cuda.device(device)
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
@@ -270,7 +272,9 @@ class StoredPlanes:
 
     def _multiply(self, x: Tensor, factors: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         n, k = self.shape
-        return cast("Tensor", _matmul_op(x, self._parts, factors, bias, self._form, n, k, self._is_pinned, out_dtype))
+        # outside a compiler the dispatcher would only cost time
+        run = _matmul_op if torch.compiler.is_compiling() else _matmul
+        return cast("Tensor", run(x, self._parts, factors, bias, self._form, n, k, self._is_pinned, out_dtype))
 
     def _by_pieces(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """The product of x's bfloat16 pieces, added in float32."""

@@ -6,6 +6,7 @@ The same functions serve the launcher (`planes.py`) and the gate's compile cases
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Final
 
 from anybit.kernels.triton.planes_form import ROWS, Form
@@ -47,6 +48,7 @@ _MULTIPROCESSORS: Final = 132  # of an H200, on which the launches of `_hopper` 
 _SPLIT_TOKENS: Final = 64  # more tokens fill the chip without splitting K
 
 
+@lru_cache(maxsize=4096)
 def configure(form: Form, rows: int, columns: int, tokens: int, arch: str) -> Config:
     """The launch for a product of `tokens` with a weight [rows, columns]; pure."""
     if arch == "sm_90" and _is_measured(form):
@@ -62,7 +64,7 @@ def configure(form: Form, rows: int, columns: int, tokens: int, arch: str) -> Co
             warps = 2
     elif tokens <= 64:
         bm, bn, warps, stages = 64, 64, 4, 3
-        if padded % 128 == 0 and padded * columns >= 2**26:
+        if padded % 128 == 0 and padded * columns >= 2**26 and (form.group != 16 or arch in _LARGE_TILES):
             bn, stages = 128, 2
     else:
         # the float32 partial sums of groups take as many registers as the accumulator
@@ -163,8 +165,9 @@ def expansion(form: Form) -> tuple[int, int]:
     return (1, max(1, 4096 // form.block)) if form.fields == 8 else (4, max(1, 1024 // form.block))
 
 
+@lru_cache(maxsize=1024)
 def constants(form: Form) -> dict[str, Any]:
-    """The compile-time constants that all kernels of the layout share."""
+    """The compile-time constants that all kernels of the layout share; the same mapping at every call."""
     widths = (*form.widths, 0, 0)
     return {
         "DECODE": _DECODE[form.kind], "BITS": form.bits, "W0": widths[0], "W1": widths[1], "W2": widths[2],

@@ -122,7 +122,9 @@ class StoredRows8:
     def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """Q(x) [M, K] times W^T, plus bias in float32: [M, N] in `out_dtype`."""
         static = self._static
-        return cast("Tensor", torch.ops.anybit.w8a8.default(
+        # outside a compiler the dispatcher would only cost time
+        run = torch.ops.anybit.w8a8.default if torch.compiler.is_compiling() else multiply
+        return cast("Tensor", run(
             x, self._codes, self._factor, self._sums, self._zeros, self._counters,
             static.get("scale"), static.get("zero_point"), static.get("lower_bound"), bias, self._problem,
             self._kernels[regime], self._pinned, out_dtype,
