@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from anybit.kernels.compiling import CompileCase
+from anybit.kernels.linear.triton_endings import finish_cases
 from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.kernels.triton import planes_form, planes_launch
 from anybit.kernels.triton.planes_form import Form, form_of
@@ -240,7 +241,7 @@ def _product_cases(kernel: str, arch: str, tokens: tuple[int, ...]) -> Iterator[
 
 
 def _tile_of(case: CompileCase) -> tuple[object, ...]:
-    return case.constants["BM"], case.constants["BN"], case.num_warps, case.num_stages
+    return case.constants["BM"], case.constants["BN"], case.constants["WAITS"], case.num_warps, case.num_stages
 
 
 def _product_case(
@@ -250,7 +251,7 @@ def _product_case(
     form = form_of(scheme, k)
     config = planes_launch.configure(form, n, k, tokens, arch)
     is_half = dtype == "float16"
-    waits = name in _QUANTIZED and planes_launch.overlaps(tokens, arch)
+    waits = name in _QUANTIZED and planes_launch.overlaps(tokens, n, k, arch)
     fixed: dict[str, Any] = planes_launch.constants(form) | {
         "R": form.run, "TERMS": planes_launch.terms_of(form, is_half=is_half), "BM": config.tokens, "BN": config.rows,
         "SPLIT": config.split > 1, "TOKENS": name in _QUANTIZED, "BIAS": True,
@@ -305,7 +306,7 @@ def expand_cases(arch: str) -> list[CompileCase]:
             "triton-expand", "anybit.kernels.triton.planes_kernels:expand_kernel", arch, f"{name} bfloat16", types,
             fixed, divisible=("start", "rows", "NP", "K", "KP", "z_stride"), num_stages=1,
         ))  # fmt: skip
-    return cases
+    return [*cases, *finish_cases("triton-expand", arch)]
 
 
 _IMPLEMENTATION: Final = "anybit.kernels.triton.planes:TritonPlanes"

@@ -11,6 +11,7 @@ from typing import Final
 
 from anybit.kernels.compiling import CompileCase
 from anybit.kernels.linear import dense
+from anybit.kernels.linear.triton_endings import sums_cases
 from anybit.kernels.linear.triton_w8a8_tiles import UNITS, expected_instruction
 from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.platforms import Platform
@@ -98,7 +99,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
                 divisible=("N", "K", "stride"), num_warps=config.warps, num_stages=config.stages,
                 expects=(instruction.replace("f16", "b?f16"),),
             ))
-    return cases
+    return [*cases, *sums_cases(NAME, arch)]
 
 
 SPEC = KernelSpec(

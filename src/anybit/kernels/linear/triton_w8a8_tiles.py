@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Final
 
 from anybit.kernels.compiling import CompileCase
+from anybit.kernels.linear.triton_endings import epilogue_case
 from anybit.kernels.triton import recipes
 from anybit.kernels.triton.recipes import ARITHMETIC
 from anybit.platforms.archs import ARCHS
@@ -138,6 +139,7 @@ def configure(n: int, k: int, m: int | None, arch: str, product: Product8, given
     else:
         bm = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
         small = bm <= 32 or not facts.shared_bytes >= 160 * 1024
+        small = small or (arch == "sm_103" and given.kind == "int8")  # no tensor memory for int8 there: registers
         tile = Config(bm, 64 if small or in_blocks else 128, bk, 4 if bm < 128 else 8, 4 if bk >= 128 else 5, swap=True)
     return _fitting(_split(tile, n, k, m, arch), facts.shared_bytes, 2 if is_wide else 1)
 
@@ -314,6 +316,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
     for name, integer in ((INT8_NAME, True), (FP8_NAME, False)):
         specs = {label: product.activation for label, product in _CASES if product.is_integer == integer}
         cases += recipes.compile_cases(name, arch, specs)
+        cases.append(epilogue_case(name, arch, integer=integer))
     return cases
 
 

@@ -94,7 +94,7 @@ def _matmul(x: Tensor, parts: list[Tensor], factors: Tensor | None, bias: Tensor
     assert split == 1 or tiles <= parts[10].numel()
     partial = out if split == 1 else torch.empty((split, tokens, rows), dtype=torch.float32, device=x.device)
     is_half = x.dtype == torch.float16
-    waits = factors is not None and overlaps(tokens, arch_of(x.device))
+    waits = factors is not None and overlaps(tokens, rows, columns, arch_of(x.device))
     with _on(x.device):
         matmul_kernel[(tiles, split)](
             x, *parts[:10], parts[8] if factors is None else factors, out if bias is None else bias, out, partial,
@@ -243,7 +243,7 @@ class StoredPlanes:
         from anybit.kernels.triton.quantizers import fake_quantize
 
         assert self._spec is not None
-        leads = x.device.type == "cuda" and overlaps(x.shape[0], arch_of(x.device))
+        leads = x.device.type == "cuda" and overlaps(x.shape[0], *self.shape, arch_of(x.device))
         values, factors = fake_quantize(x, self._spec, self._activation, leads=leads)
         return values, None if factors is None else factors.contiguous()
 
