@@ -243,7 +243,8 @@ class StoredPlanes:
         from anybit.kernels.triton.quantizers import fake_quantize
 
         assert self._spec is not None
-        leads = x.device.type == "cuda" and overlaps(x.shape[0], *self.shape, arch_of(x.device))
+        rows, columns = self.shape
+        leads = x.device.type == "cuda" and overlaps(x.shape[0], rows, columns, arch_of(x.device))
         values, factors = fake_quantize(x, self._spec, self._activation, leads=leads)
         return values, None if factors is None else factors.contiguous()
 
