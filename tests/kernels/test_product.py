@@ -14,9 +14,8 @@ import torch
 
 import anybit
 from anybit.checkpoints.checkpoint import Checkpoint
-from anybit.hosts.modules import product_of
 from anybit.kernels.catalogue import implementation
-from anybit.kernels.product import Product
+from anybit.kernels.product import Product, product_of
 from anybit.kernels.request import REGIMES, Request
 from anybit.numerics.activations import RECIPES, quantize_dequantize
 from anybit.planning.choose import Choice, choose

@@ -10,9 +10,9 @@ import torch
 
 from anybit.checkpoints.online import quantizer
 from anybit.kernels.catalogue import implementation, kernel
-from anybit.kernels.product import Product
+from anybit.kernels.product import Product, product_of
 from anybit.kernels.request import REGIMES
-from anybit.kernels.trials import compare, copies_for, probes, product_of, sample_weight
+from anybit.kernels.trials import compare, copies_for, probes, sample_weight
 from anybit.schemes import Layer, Offset, ScaleLevel, Scheme, dense, group
 from anybit.weights import QuantizedWeight
 

@@ -308,7 +308,7 @@ FEW = (1, 17, 300)
 
 
 def rounds_here(weight: QuantizedWeight, name: str) -> bool:
-    from anybit.kernels.triton.quantizers import arch_of
+    from anybit.kernels.triton.devices import arch_of
 
     found = product_of(weight.scheme)
     assert isinstance(found, Product8)

@@ -74,14 +74,14 @@ def bench(
     output = make_output("json" if json else "quiet" if quiet else "human")
     say = (lambda text: None) if json else output.line
     platform = detect(device or "auto")
-    place = device if device not in (None, "auto") else "cpu" if platform.vendor == "cpu" else "cuda"
+    place = options.torch_device(device, platform)
     kind = dtype or ("float32" if platform.vendor == "cpu" else "bfloat16")
     names = [name.strip() for name in schemes.split(",") if name.strip()]
     if what == "kernels":
         wanted = [k.strip() for k in kernel.split(",")] if kernel else None
-        found = _kernels(say, platform, str(place), kind, names, _numbers(shapes), _counts(tokens), wanted)
+        found = _kernels(say, platform, place, kind, names, _numbers(shapes), _counts(tokens), wanted)
     else:
-        found = _model(say, platform, str(place), kind, names, config, compiled=compiled)
+        found = _model(say, platform, place, kind, names, config, compiled=compiled)
     document = {"what": what, "machine": machine(platform), "dtype": kind, **found}
     if write is not None:
         write.write_text(json_module.dumps(document, indent=1) + "\n")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from anybit.errors import Unsupported
+from anybit.platforms import Platform
 
 INPUT = "Input"
 CHOICE = "Choice"
@@ -106,3 +107,10 @@ def platform_names(on: str | None) -> list[str | None]:
         raise Unsupported("--on names no platform", found=repr(on), wanted="one or more, with commas",
                           remedy="--on mi300x,h100")
     return names
+
+
+def torch_device(device: str | None, platform: Platform) -> str:
+    """What torch calls the device that --device asked for, or that was found."""
+    if device is not None and device != "auto":
+        return device
+    return "cpu" if platform.vendor == "cpu" else "cuda"

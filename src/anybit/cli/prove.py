@@ -66,7 +66,7 @@ def prove(
         if not failed:
             plan.demand_complete()  # later, what runs no more is part of the report
         done = {(p.kernel, p.scheme, p.planned_shape) for p in proofs}
-        found = _prove(checkpoint, plan, _place(platform, device), rules, output, done)
+        found = _prove(checkpoint, plan, options.torch_device(device, platform), rules, output, done)
         wrong = [proof for proof in found if not proof.ok]
         proofs += found
         failed += wrong
@@ -77,12 +77,6 @@ def prove(
             break
     _report(output, model, plan, proofs, failed, json=json)
     raise typer.Exit(_EXIT_FAILED if failed else EXIT_OK)
-
-
-def _place(platform: Platform, device: str | None) -> str:
-    if device not in (None, "auto"):
-        return str(device)
-    return "cpu" if platform.vendor == "cpu" else "cuda"
 
 
 def _prove(

@@ -59,14 +59,14 @@ def tune(
     known = measured.read(platform)
     for remark in known.remarks:
         output.warning(remark)
-    place = device if device not in (None, "auto") else "cpu" if platform.vendor == "cpu" else "cuda"
+    place = options.torch_device(device, platform)
     timings: list[Timing] = []
     subjects = list(dict.fromkeys(subject for text in what for subject in _subjects(text)))
     with output.progress("measuring", len(subjects), unit="layers") as advance:
         for subject in subjects:
             weight = sample_weight(subject.scheme, subject.shape)
             tokens = [priced for _, priced in REGIMES.values()]
-            timings += measure(weight, platform, str(place), name, tokens)
+            timings += measure(weight, platform, place, name, tokens)
             advance(1)
     _keep(platform, known, timings)
     if json:

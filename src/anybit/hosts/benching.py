@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from anybit.checkpoints.online import quantizer
 from anybit.errors import Unsupported
 from anybit.hosts.meter import Meter
-from anybit.hosts.modules import AnybitLinear, product_of
+from anybit.hosts.modules import AnybitLinear
 from anybit.hosts.tuning import EMPTY_LAUNCH_SECONDS, copy_bandwidth
 from anybit.kernels.catalogue import implementation
+from anybit.kernels.product import product_of
 from anybit.kernels.request import Request
 from anybit.kernels.trials import sample_weight
 from anybit.planning import measured
@@ -97,6 +98,8 @@ def _model(
     with torch.device("meta"):
         model = LlamaForCausalLM(made)
     rules = None if quantization is None else quantizer(quantization)
+    known = measured.read(platform)
+    policy = Policy(measured=known.prices(str(dtype).removeprefix("torch.")), disproved=known.disproved)
     for index, (path, module) in enumerate(list(model.named_modules())):
         if not isinstance(module, nn.Linear):
             continue
@@ -106,17 +109,16 @@ def _model(
             scheme = rules.scheme_of(Layer(path, "linear", shape, dense(str(dtype).removeprefix("torch."))))
         request = Request("linear", scheme or dense(str(dtype).removeprefix("torch.")), shape,
                           str(dtype).removeprefix("torch."))
-        model.set_submodule(path, _linear(request, index, platform, device, dtype, predicted))
+        model.set_submodule(path, _linear(request, index, platform, policy, device, dtype, predicted))
     _materialize(model, device, dtype)
     model.train(False)
     return model
 
 
 def _linear(
-    request: Request, seed: int, platform: Platform, device: str, dtype: torch.dtype, predicted: _Predicted
+    request: Request, seed: int, platform: Platform, policy: Policy, device: str, dtype: torch.dtype,
+    predicted: _Predicted,
 ) -> AnybitLinear:
-    known = measured.read(platform)
-    policy = Policy(measured=known.prices(request.dtype), disproved=known.disproved)
     choice = choose(request, platform, policy=policy)
     if not isinstance(choice, Choice):
         raise Unsupported("no kernel runs this layer", found=str(request.scheme), wanted="another scheme")

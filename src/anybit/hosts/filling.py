@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from anybit.checkpoints.checkpoint import Checkpoint
 from anybit.errors import Inconsistent, Unsupported
 from anybit.hosts.meter import release_freed
-from anybit.hosts.modules import AnybitEmbedding, AnybitExperts, AnybitLinear, TiedHead, product_of
+from anybit.hosts.modules import AnybitEmbedding, AnybitExperts, AnybitLinear, TiedHead
 from anybit.hosts.naming import Naming
 from anybit.kernels.catalogue import Stored, implementation
 from anybit.kernels.linear.planes_unit import as_unit
+from anybit.kernels.product import product_of
 from anybit.kernels.request import Request
 from anybit.planning.choose import Choice, Refusal, choose
 from anybit.planning.plan import Plan

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from anybit.errors import DeviceProblem
-from anybit.kernels.catalogue import Stored
 from anybit.kernels.linear.tiled_torch import as_bits
 from anybit.kernels.product import Product
 from anybit.kernels.request import REGIMES
-from anybit.weights import Weight
 
 _PRODUCTS: weakref.WeakValueDictionary[int, _Bound] = weakref.WeakValueDictionary()
 _EXPERTS: weakref.WeakValueDictionary[int, AnybitExperts] = weakref.WeakValueDictionary()
@@ -218,19 +216,6 @@ class AnybitExperts(nn.Module):
 def _is_watched(x: Tensor) -> bool:
     """True where autograd or a compiler needs to see one operator."""
     return (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling()
-
-
-def product_of(weight: Weight, stored: Stored, device: torch.device | str) -> Product:
-    """The Product of a weight whose codes went into `stored`; the small tensors move to `device`."""
-    activation = {name: t.to(device) for name, t in getattr(weight, "activation", {}).items()}
-    pre_scale: Tensor | None = getattr(weight, "pre_scale", None)
-    return Product(
-        scheme=weight.scheme,
-        stored=stored,
-        activation=activation,
-        pre_scale=None if pre_scale is None else pre_scale.float().to(device),
-        bias=None if weight.bias is None else weight.bias.to(device),
-    )
 
 
 @torch.library.custom_op("anybit::product", mutates_args=())

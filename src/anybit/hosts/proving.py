@@ -15,8 +15,9 @@ import torch
 from anybit.checkpoints.checkpoint import Checkpoint
 from anybit.checkpoints.online import OnlineQuantizer
 from anybit.kernels.catalogue import Stored, implementation
+from anybit.kernels.product import product_of
 from anybit.kernels.request import Request, regime_of
-from anybit.kernels.trials import Difference, compare, probes, product_of
+from anybit.kernels.trials import Difference, compare, probes
 from anybit.planning.plan import Plan, PlanUnit
 from anybit.weights import Weight
 

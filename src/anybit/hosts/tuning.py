@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from anybit.kernels.catalogue import KERNELS, Stored, implementation
-from anybit.kernels.product import Product
+from anybit.kernels.product import Product, product_of
 from anybit.kernels.request import REGIMES, KernelSpec, Regime, Request, regime_of, scale_bytes
-from anybit.kernels.trials import compare, copies_for, product_of, sample_weight, seconds_of
+from anybit.kernels.trials import compare, copies_for, sample_weight, seconds_of
 from anybit.numerics.formats import number_format
 from anybit.platforms import Platform
 from anybit.schemes import Scheme
@@ -87,13 +87,6 @@ def copy_bandwidth(device: torch.device | str) -> float:
 def _synchronize(kind: str) -> None:
     if kind == "cuda":
         torch.cuda.synchronize()
-
-
-def capable(scheme: Scheme, shape: tuple[int, int], dtype: str, regime: Regime, platform: Platform,
-            ) -> list[KernelSpec]:
-    """Kernels that can run a linear layer of this scheme and shape in a regime."""
-    request = Request("linear", scheme, shape, dtype, regime)
-    return [spec for spec in KERNELS if spec.can_implement(request, platform).ok]
 
 
 def measure(

@@ -17,6 +17,7 @@ from anybit.kernels.catalogue import Stored
 from anybit.kernels.request import regime_of
 from anybit.numerics.activations import quantize_dequantize
 from anybit.schemes import Scheme
+from anybit.weights import Weight
 
 
 @dataclass
@@ -66,3 +67,16 @@ class Product:
         if self.pre_scale is not None:
             rows = rows * self.pre_scale
         return rows.to(grad.dtype).reshape(*grad.shape[:-1], rows.shape[-1])
+
+
+def product_of(weight: Weight, stored: Stored, device: torch.device | str | None = None) -> Product:
+    """The Product of a weight whose codes went into `stored`; the small tensors move to `device` (None: they stay)."""
+    activation = {name: t.to(device) for name, t in getattr(weight, "activation", {}).items()}
+    pre_scale: Tensor | None = getattr(weight, "pre_scale", None)
+    return Product(
+        scheme=weight.scheme,
+        stored=stored,
+        activation=activation,
+        pre_scale=None if pre_scale is None else pre_scale.float().to(device),
+        bias=None if weight.bias is None else weight.bias.to(device),
+    )

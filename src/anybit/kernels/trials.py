@@ -25,14 +25,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from anybit.kernels.catalogue import Stored
-from anybit.kernels.product import Product
 from anybit.numerics.activations import RECIPES, quantize_dequantize
 from anybit.numerics.formats import number_format
 from anybit.schemes import Block, Placement, Scheme
 from anybit.weights import Dense, QuantizedWeight, Weight
 
-__all__ = ["ROUNDING", "Difference", "compare", "probes", "product_of", "sample_weight", "seconds_of"]
+__all__ = ["ROUNDING", "Difference", "compare", "probes", "sample_weight", "seconds_of"]
 
 # half a unit in the last place, relative
 ROUNDING: Final = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -132,13 +130,6 @@ def _static_tensors(scheme: Scheme) -> dict[str, Tensor]:
     if "zero_point" in found:
         found["zero_point"] = found["zero_point"].to(torch.int32)
     return found
-
-
-def product_of(weight: Weight, stored: Stored) -> Product:
-    """The layer of a weight and its stored form."""
-    pre_scale: Tensor | None = getattr(weight, "pre_scale", None)
-    return Product(weight.scheme, stored, dict(getattr(weight, "activation", {})),
-                   None if pre_scale is None else pre_scale.float(), weight.bias)
 
 
 def probes(columns: int, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> Iterator[tuple[str, Tensor]]:

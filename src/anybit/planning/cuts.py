@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from anybit.planning.config_facts import text_facts
 from anybit.schemes import Layer, Scheme
 
 Cut = Literal["rows", "columns", "none"]
@@ -78,7 +79,7 @@ def tensor_parallel(layers: Iterable[Layer], config: Mapping[str, Any], sizes: I
 
 
 def _heads(config: Mapping[str, Any], size: int) -> Iterator[Obstacle]:
-    heads = _text(config).get("num_attention_heads")
+    heads = text_facts(config).get("num_attention_heads")
     shared = kv_heads(config)
     if isinstance(heads, int) and heads % size:
         yield Obstacle("heads", (), f"{heads} attention heads are no multiple of {size}")
@@ -88,16 +89,11 @@ def _heads(config: Mapping[str, Any], size: int) -> Iterator[Obstacle]:
 
 def kv_heads(config: Mapping[str, Any]) -> int | None:
     """Heads of the key-value cache: one where it keeps latents for all (`kv_lora_rank`); None if the config is mute."""
-    facts = _text(config)
+    facts = text_facts(config)
     if isinstance(facts.get("kv_lora_rank"), int):
         return 1
     found = facts.get("num_key_value_heads") or facts.get("num_attention_heads")
     return found if isinstance(found, int) else None
-
-
-def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    text = config.get("text_config")
-    return text if isinstance(text, Mapping) else config
 
 
 _Found = tuple[Literal["divides", "splits", "position", "heads", "changes"], str]

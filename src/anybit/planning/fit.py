@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from anybit.kernels.request import REGIMES, Regime, regime_of
+from anybit.planning.config_facts import number, text_facts
 from anybit.planning.cuts import TensorParallel, kv_heads, tensor_parallel
 from anybit.planning.memory import Memory
 from anybit.planning.passes import expected_experts, experts_of, is_tied, multiplications
@@ -145,8 +146,7 @@ def _most_context(memory: Memory, available: int, batch: int) -> int:
 
 
 def _own_context(config: Mapping[str, Any]) -> int | None:
-    text = config.get("text_config")
-    found = (text if isinstance(text, Mapping) else config).get("max_position_embeddings")
+    found = text_facts(config).get("max_position_embeddings")
     return found if isinstance(found, int) else None
 
 
@@ -192,9 +192,7 @@ def _sent_bytes(offload: Offload, config: Mapping[str, Any], tokens: int) -> flo
 
 def _blocks(config: Mapping[str, Any]) -> int:
     """Decoder blocks; 0 where the config does not say."""
-    text = config.get("text_config")
-    facts = text if isinstance(text, Mapping) else config
-    return next((v for key in ("num_hidden_layers", "n_layer") if isinstance(v := facts.get(key), int)), 0)
+    return number(text_facts(config), "num_hidden_layers", "n_layer")
 
 
 def _pass_seconds(plan: Plan, config: Mapping[str, Any], regime: Regime, tokens: int) -> float:

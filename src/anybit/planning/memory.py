@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from anybit.planning.config_facts import number, text_facts
+
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 TILE_BYTES: Final = 16 * 2**20  # decoded rows that a prefill product holds at once
 
@@ -76,39 +78,34 @@ def cache_bytes(
 
     row_bytes  bytes of one head's key or value of so many numbers, where the cache keeps codes
     """
-    text = config.get("text_config")
-    facts = text if isinstance(text, Mapping) else config
+    facts = text_facts(config)
     per_layer = _layer_bytes(facts, row_bytes or (lambda width: width * DTYPE_BYTES.get(dtype, 4)))
     counts = _layers_by_window(facts)
     windows = tuple((window, per_layer * count) for window, count in counts.items() if window is not None)
     return per_layer * sum(counts.values()), windows
 
 
-def _number(facts: Mapping[str, Any], *keys: str) -> int:
-    return next((v for k in keys if isinstance(v := facts.get(k), int)), 0)
-
-
 def _layer_bytes(facts: Mapping[str, Any], row: Callable[[int], int]) -> int:
     """Bytes that one token adds in one layer."""
-    latent, rotary = _number(facts, "kv_lora_rank"), _number(facts, "qk_rope_head_dim")
-    heads = _number(facts, "num_attention_heads", "n_head")
+    latent, rotary = number(facts, "kv_lora_rank"), number(facts, "qk_rope_head_dim")
+    heads = number(facts, "num_attention_heads", "n_head")
     if latent:  # one latent and one rotary key for all heads; attention expands them
         return row(latent) + row(rotary)
-    head_dim = _number(facts, "head_dim") or (_number(facts, "hidden_size", "n_embd") // heads if heads else 0)
-    return 2 * (_number(facts, "num_key_value_heads") or heads) * row(head_dim)
+    head_dim = number(facts, "head_dim") or (number(facts, "hidden_size", "n_embd") // heads if heads else 0)
+    return 2 * (number(facts, "num_key_value_heads") or heads) * row(head_dim)
 
 
 def _layers_by_window(facts: Mapping[str, Any]) -> dict[int | None, int]:
     """How many layers keep so many tokens; None is all of them."""
     kinds = facts.get("layer_types")
     if not isinstance(kinds, (list, tuple)):
-        slides = str(facts.get("model_type")) in _ALL_SLIDE and _number(facts, "sliding_window") > 0
+        slides = str(facts.get("model_type")) in _ALL_SLIDE and number(facts, "sliding_window") > 0
         kind = "sliding_attention" if slides else "full_attention"
-        kinds = [kind] * _number(facts, "num_hidden_layers", "n_layer")
+        kinds = [kind] * number(facts, "num_hidden_layers", "n_layer")
     found: dict[int | None, int] = {}
     for kind in map(str, kinds):
         if kind not in _WITHOUT_CACHE:
-            window = _number(facts, _WINDOWED[kind]) or None if kind in _WINDOWED else None
+            window = number(facts, _WINDOWED[kind]) or None if kind in _WINDOWED else None
             found[window] = found.get(window, 0) + 1
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from anybit.planning.config_facts import number, text_facts
 from anybit.schemes import LayerKind
 
 _HEADS: Final = frozenset({"lm_head", "embed_out", "output_layer", "score"})
@@ -21,14 +22,9 @@ def is_tied(layers: Iterable[str]) -> bool:
 
 def experts_of(config: Mapping[str, Any]) -> tuple[int, int]:
     """(routed experts of a block, those that a token chooses); (0, 0) for a dense model."""
-    text = config.get("text_config")
-    facts = text if isinstance(text, Mapping) else config
-
-    def number(*keys: str) -> int:
-        return next((v for k in keys if isinstance(v := facts.get(k), int)), 0)
-
-    return number("num_local_experts", "num_experts", "n_routed_experts"), number("num_experts_per_tok",
-                                                                                  "num_experts_per_token")
+    facts = text_facts(config)
+    return (number(facts, "num_local_experts", "num_experts", "n_routed_experts"),
+            number(facts, "num_experts_per_tok", "num_experts_per_token"))
 
 
 def expected_experts(experts: int, used: int, tokens: int) -> float:

@@ -18,7 +18,8 @@ from anybit.kernels.linear.tiled_torch import as_bits
 from anybit.kernels.linear.triton_mx import PAD, PINNED_M, Pair, configure, constants_of, pair_of
 from anybit.kernels.request import Regime
 from anybit.kernels.triton import mx_native_jit as jit
-from anybit.kernels.triton.quantizers import arch_of, quantize
+from anybit.kernels.triton.devices import arch_of
+from anybit.kernels.triton.quantizers import quantize
 from anybit.numerics.packing import PackedCodes, pack_stream
 from anybit.schemes import ActivationSpec, Scheme
 from anybit.weights import Dense, QuantizedWeight, Weight

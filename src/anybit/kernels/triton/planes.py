@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 from types import MappingProxyType
 from typing import Any, Final, cast
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from anybit.kernels.catalogue import Stored
 from anybit.kernels.linear.tiled_torch import Tiled, as_bits
 from anybit.kernels.request import Regime
+from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.planes_form import Form
 from anybit.kernels.triton.planes_launch import configure, constants, expansion, half_factor, overlaps, terms_of
 from anybit.kernels.triton.planes_prepare import Packed, pack, unpacked
@@ -50,15 +50,6 @@ def number_of(form: Form) -> int:
         _FORM_NUMBERS[form] = len(_FORMS)
         _FORMS.append(form)
     return _FORM_NUMBERS[form]
-
-
-@cache
-def arch_of(device: torch.device) -> str:
-    """The architecture's name, as in `platforms.archs`."""
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return str(properties.gcnArchName).split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from types import MappingProxyType
 from typing import Final
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from anybit.errors import Inconsistent
 from anybit.kernels.triton import quantizers_jit as jit
+from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.recipes import (
     ARITHMETIC,
     Arithmetic,
@@ -32,7 +32,7 @@ from anybit.kernels.triton.recipes import (
 )
 from anybit.numerics.scales import quotient
 
-__all__ = ["Quantized", "arch_of", "fake_quantize", "quantize"]
+__all__ = ["Quantized", "fake_quantize", "quantize"]
 
 _NONE: Final[Mapping[str, Tensor]] = MappingProxyType({})
 
@@ -55,17 +55,6 @@ class Quantized:
     scale_codes: Tensor | None = None
     outer: Tensor | None = None
     sums: Tensor | None = None
-
-
-@cache
-def arch_of(device: torch.device) -> str:
-    """The architecture of a torch device as `platforms` names it: "sm_90", "gfx942", "cpu"."""
-    if device.type != "cuda":
-        return device.type
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return str(properties.gcnArchName).partition(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
 
 
 def quantize(

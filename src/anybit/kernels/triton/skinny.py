@@ -12,7 +12,7 @@ from anybit.kernels.linear.dense_torch import StoredDense
 from anybit.kernels.linear.triton_skinny import LARGEST_M, SPEC, configure
 from anybit.kernels.request import Regime
 from anybit.kernels.triton import skinny_jit as jit
-from anybit.kernels.triton.quantizers import arch_of
+from anybit.kernels.triton.devices import arch_of
 from anybit.platforms.archs import ARCHS
 from anybit.weights import Dense, Weight
 

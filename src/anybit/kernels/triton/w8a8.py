@@ -30,7 +30,8 @@ from anybit.kernels.linear.triton_w8a8_tiles import (
 )
 from anybit.kernels.request import Regime
 from anybit.kernels.triton import w8a8_jit as jit
-from anybit.kernels.triton.quantizers import Quantized, arch_of, quantize
+from anybit.kernels.triton.devices import arch_of
+from anybit.kernels.triton.quantizers import Quantized, quantize
 from anybit.kernels.triton.recipes import ARITHMETIC
 from anybit.numerics.codec import decode
 from anybit.platforms.archs import ARCHS
