@@ -193,6 +193,31 @@ class StoredPlanes:
         self._take()
         self._static_factor = self._find_static_factor()
 
+    @property
+    def packed(self) -> Packed:
+        """The tensors and what they mean."""
+        return self._packed
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The tensors in the order of PARTS."""
+        return self._parts
+
+    @property
+    def spec(self) -> ActivationSpec | None:
+        """How the input is quantized here."""
+        return self._spec
+
+    @property
+    def activation(self) -> Mapping[str, Tensor]:
+        """The static numbers of that quantization."""
+        return self._activation
+
+    @property
+    def is_pinned(self) -> bool:
+        """True where a row's result must not depend on the other rows."""
+        return self._is_pinned
+
     def _held(self) -> dict[str, Tensor]:
         return self._packed.tensors | {f"{_ACTIVATION}{name}": t for name, t in self._activation.items()}
 

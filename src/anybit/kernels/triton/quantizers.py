@@ -108,6 +108,9 @@ class _Call:
         """The number that the rule reads beside x, and its stride over rows."""
         arithmetic = self.arithmetic
         if arithmetic.given:
+            by_row = tensors.get(arithmetic.given)
+            if self.in_groups and by_row is not None and self.rows > 1 and by_row.shape == (self.rows,):
+                return by_row, 1  # rows of different layers: the experts of a batch
             return _one(tensors, arithmetic.given, required=True), 0
         found = None if arithmetic.optional == "zero_point" else _one(tensors, arithmetic.optional)
         if self.rows == 0:
