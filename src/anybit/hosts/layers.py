@@ -69,8 +69,8 @@ def linear(
     strict, batch_invariant  as for `anybit.load`
 
     The module takes x [.., K] and gives [.., N] in x's dtype; it records into a CUDA graph and compiles with
-    fullgraph=True. Raises Unsupported where no kernel runs it, with all reasons, and for unknown names; Inconsistent for a
-    bias of another size.
+    fullgraph=True. Raises Unsupported where no kernel runs it, with all reasons, and for unknown names; Inconsistent
+    for a bias of another size.
     """
     where = torch.device(device) if device is not None else _device_of(weight)
     dtype = dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16)
