@@ -20,7 +20,7 @@ from anybit.kernels.triton.planes_launch import Config, configure, constants, ha
 
 __all__ = ["ExpertStack", "Segments", "stack_of"]
 
-_SINGLE_ROWS: Final = 32  # so many rows of x and fewer are a segment each: sorting them would take longer
+_SINGLE_ROWS: Final = 32  # so many rows of x and fewer are a segment each, if there are as many experts: faster unsorted
 _UNSTACKED: Final = ("table", "counters")  # the same for every expert, or of a launch
 _LONGEST: Final = 64  # rows of a segment
 
@@ -48,7 +48,7 @@ class Segments:
         pairs = index.numel()
         flat = index.reshape(-1)
         here = torch.where(flat < experts, flat, -1).int()
-        if pairs <= _SINGLE_ROWS:
+        if pairs <= min(_SINGLE_ROWS, experts):
             first = torch.arange(pairs, dtype=torch.int32, device=flat.device)
             return cls(None, here, first, torch.ones_like(first), here.clamp(min=0).long(), 1)
         longest = min(_LONGEST, max(8, 1 << (pairs // experts - 1).bit_length()))
