@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
@@ -17,11 +17,15 @@ from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.planes import PARTS, StoredPlanes
 from anybit.kernels.triton.planes_form import Form
 from anybit.kernels.triton.planes_launch import Config, configure, constants, half_factor, terms_of
+from anybit.kernels.triton.recipes import ARITHMETIC
+
+if TYPE_CHECKING:
+    from anybit.kernels.triton.quantizers import Quantizer
 
 __all__ = ["ExpertStack", "Segments", "stack_of"]
 
-_SINGLE_ROWS: Final = 32  # so many rows of x and fewer are a segment each, if there are as many experts: faster unsorted
-_UNSTACKED: Final = ("table", "counters")  # the same for every expert, or of a launch
+_SINGLE_ROWS: Final = 32  # rows up to here, and no more than experts, are a segment each: faster than sorting them
+_UNSTACKED: Final = ("table",)  # the same for every expert
 _LONGEST: Final = 64  # rows of a segment
 
 
@@ -91,10 +95,18 @@ class ExpertStack:
         first = planes[0]
         self.shape = first.shape
         self.quantizes_input = first.quantizes_input
-        self._packed, self._parts, self._spec = first.packed, first.parts, first.spec
+        self._packed, self._parts = first.packed, first.parts
         self._steps, self._biases = steps, biases
-        names = first.activation
-        self._activation = {name: torch.stack([one.activation[name].reshape(()) for one in planes]) for name in names}
+        self._quantizer: Quantizer | None = None
+        self._given: Tensor | None = None
+        if first.spec is not None:
+            from anybit.kernels.triton.quantizers import Quantizer
+
+            name = ARITHMETIC[first.spec.recipe].given
+            if name:
+                self._given = torch.stack([one.activation[name].reshape(()).float() for one in planes])
+            self._quantizer = Quantizer(first.spec, {}, self.shape[1], values=torch.bfloat16, own=True,
+                                        by_row=self._given is not None)
 
     def takes(self, dtype: torch.dtype) -> bool:
         """True for activations whose products are exact in their own dtype, or in that of the quantized ones."""
@@ -105,14 +117,10 @@ class ExpertStack:
 
         Rows of experts elsewhere are 0.
         """
-        if not self.quantizes_input:
+        if self._quantizer is None:
             return self._multiply(x, segments, None, x.dtype)
-        from anybit.kernels.triton.quantizers import fake_quantize
-
-        assert self._spec is not None
-        given = {name: values[segments.row_experts] for name, values in self._activation.items()}
-        values, factors = fake_quantize(x, self._spec, given)
-        return self._multiply(values, segments, None if factors is None else factors.contiguous(), x.dtype)
+        found = self._quantizer(x, None if self._given is None else self._given[segments.row_experts])
+        return self._multiply(found.codes, segments, found.factor, x.dtype)
 
     def _multiply(self, x: Tensor, segments: Segments, factors: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         from anybit.kernels.triton.experts_jit import experts_kernel
@@ -134,7 +142,7 @@ class ExpertStack:
             counters = torch.zeros(count * tiles, dtype=torch.int32, device=x.device)
         is_half = x.dtype == torch.float16
         experts_kernel[(tiles, split, count)](
-            x, *self._parts[:10], row if factors is None else factors, out if self._biases is None else self._biases,
+            x, *self._parts, row if factors is None else factors, out if self._biases is None else self._biases,
             out, parts, counters, segments.expert, segments.first, segments.length, rows, padded_rows, columns, padded,
             x.stride(0), padded_rows if zeros.shape[0] > 1 else 0, half_factor(form, is_half=is_half), *self._steps,
             **constants(form), R=form.run, TERMS=terms_of(form, is_half=is_half), BM=config.tokens, BN=config.rows,
@@ -174,11 +182,19 @@ def stack_of(
     return ExpertStack(planes, steps, torch.stack(given) if given else None), each
 
 
+def _is_by_row(one: StoredPlanes) -> bool:
+    """True where no static number is read, or the quantizer takes another one for each row."""
+    if one.spec is None:
+        return True
+    arithmetic = ARITHMETIC[one.spec.recipe]
+    return arithmetic.optional not in one.activation and (not arithmetic.given or one.spec.granularity == "group")
+
+
 def _is_alike(one: StoredPlanes, other: StoredPlanes) -> bool:
     tensors, others = one.tensors(), other.tensors()
     return (
         one.packed.form == other.packed.form and one.shape == other.shape and one.packed.is_half == other.packed.is_half
         and one.spec == other.spec and "permutation" not in tensors and not one.is_pinned
-        and (one.spec is None or not one.activation or one.spec.granularity == "group")  # else one number for a call
+        and _is_by_row(one)
         and {n: (t.shape, t.dtype) for n, t in tensors.items()} == {n: (t.shape, t.dtype) for n, t in others.items()}
     )
