@@ -1,7 +1,7 @@
 """The machine at hand as a Platform, without torch: files of the system and vendors' own small tools.
 
-Where there is no GPU nothing here takes more than two seconds. Where its driver is loaded, a slow tool is waited for: on a
-busy server with several GPUs nvidia-smi takes seconds, and a GPU that is not seen would be replaced by the CPU silently.
+Where there is no GPU nothing here takes more than two seconds. Where its driver is loaded, a slow tool is waited for:
+on a busy server nvidia-smi takes seconds, and a GPU that is not seen would be replaced by the CPU silently.
 """
 
 from __future__ import annotations
