@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anybit.kernels.catalogue import Stored
 from anybit.kernels.linear.tiled_torch import Tiled, as_bits
-from anybit.kernels.request import Regime
+from anybit.kernels.request import Kernels, Regime
 from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.planes_form import Form
 from anybit.kernels.triton.planes_launch import configure, constants, expansion, half_factor, overlaps, terms_of
@@ -29,7 +29,6 @@ from anybit.weights import Dense, Weight
 
 __all__ = ["StoredPlanes", "TritonPlanes"]
 
-EXPANDED_TOKENS: Final = 192  # fewer are faster decoded in registers
 SCRATCH_BYTES: Final = 64 * 2**20  # of expanded rows at a time
 PARTS: Final = ("plane_0", "plane_1", "plane_2", "scale", "scale_super", "zeros", "addend", "addend_super", "row",
                 "table", "counters")
@@ -171,13 +170,14 @@ _finish_op = torch.ops.anybit.planes_finish.default
 class StoredPlanes:
     """A weight [N, K] in the layout, with the activation quantization in front of it.
 
-    expanded         regimes that decode rows to memory and leave the product to torch
+    kernels          by number of tokens, as planned: `triton-expand` decodes rows to memory and leaves the product to
+                     torch, the others decode in registers; None: always in registers
     is_pinned        one launch configuration for every M, so that a row's result does not depend on the other rows
     quantizes_input  the recipe's values are exact in bfloat16 but for a factor of each row, and a kernel makes them
     """
 
     def __init__(
-        self, packed: Packed, expanded: frozenset[Regime], *, is_pinned: bool = False,
+        self, packed: Packed, kernels: Kernels | None, *, is_pinned: bool = False,
         spec: ActivationSpec | None = None, activation: Mapping[str, Tensor] = _NO_TENSORS,
     ) -> None:  # fmt: skip
         """`packed` on the device that it runs on; `spec` and its static tensors where the input is quantized here."""
@@ -187,7 +187,7 @@ class StoredPlanes:
         self._spec = spec
         self._activation = dict(activation) if spec is not None else {}
         self._form = number_of(packed.form)
-        self._expanded = expanded
+        self._kernels = kernels
         self._is_pinned = is_pinned
         self._dtypes = {name: t.dtype for name, t in self._held().items()}
         self._take()
@@ -250,17 +250,17 @@ class StoredPlanes:
             x = x.index_select(1, self._permutation)
         is_exact_dtype = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and self._is_half)
         if not is_exact_dtype:
-            return self._by_pieces(x, regime, bias, out_dtype)
+            return self._by_pieces(x, bias, out_dtype)
         is_plain = (factors is None or self._static_factor is not None) and out_dtype == x.dtype and (
             bias is None or bias.dtype == x.dtype)
-        if self._expands(x, regime, is_plain=is_plain):
+        if self._expands(x.shape[0], is_plain=is_plain):
             return self._by_expanding(x, factors, bias, out_dtype)
         return self._multiply(x, factors, bias, out_dtype)
 
-    def _expands(self, x: Tensor, regime: Regime, *, is_plain: bool) -> bool:
-        """True where writing the weights out pays; ROCm's product gives no float32 result for 16-bit operands."""
-        is_many = regime in self._expanded and x.shape[0] >= EXPANDED_TOKENS
-        return is_many and (is_plain or not torch.version.hip)
+    def _expands(self, tokens: int, *, is_plain: bool) -> bool:
+        """True where the plan writes the weights out; ROCm's product gives no float32 result for 16-bit operands."""
+        expands = self._kernels is not None and self._kernels.at(tokens) == "triton-expand"
+        return expands and (is_plain or not torch.version.hip)
 
     def _multiply(self, x: Tensor, factors: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         n, k = self.shape
@@ -268,11 +268,11 @@ class StoredPlanes:
         run = _matmul_op if torch.compiler.is_compiling() else _matmul
         return cast("Tensor", run(x, self._parts, factors, bias, self._form, n, k, self._is_pinned, out_dtype))
 
-    def _by_pieces(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    def _by_pieces(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """The product of x's bfloat16 pieces, added in float32."""
         pieces = split(x, _PIECES[x.dtype])
         rows = torch.cat(pieces)
-        if self._expands(rows, regime, is_plain=False):
+        if self._expands(rows.shape[0], is_plain=False):
             y = self._by_expanding(rows, None, None, torch.float32)
         else:
             y = self._multiply(rows, None, None, torch.float32)
@@ -361,12 +361,11 @@ class TritonPlanes:
         packed = pack(weight, dtype)
         if packed is None:
             return Tiled().prepare(weight, dtype, kernels, pinned=pinned)
-        chosen = {regime for regime, name in kernels.items() if name == "triton-expand"}
-        expanded = frozenset(chosen) if is_expandable(packed, dtype) and not pinned else frozenset()
+        planned = Kernels.of(kernels) if is_expandable(packed, dtype) and not pinned else None
         spec = weight.scheme.activation
         if spec is not None and can_fake_quantize(spec) is not None:
             spec = None
-        return StoredPlanes(packed, expanded, is_pinned=pinned, spec=spec, activation=weight.activation)
+        return StoredPlanes(packed, planned, is_pinned=pinned, spec=spec, activation=weight.activation)
 
 
 # exponents of e8m0 scales with which every code stays exact in the dtype (docs/formats/numerics.md §4)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anybit.kernels.linear.dense_torch import StoredDense
 from anybit.kernels.linear.triton_skinny import LARGEST_M, SPEC, configure
-from anybit.kernels.request import Regime
+from anybit.kernels.request import Kernels, Regime
 from anybit.kernels.triton import skinny_jit as jit
 from anybit.kernels.triton.devices import arch_of
 from anybit.platforms.archs import ARCHS
@@ -23,12 +23,12 @@ _ADD_COLUMNS: Final = 1024
 
 
 class StoredSkinny(StoredDense):
-    """A weight in the dtype of the activations, multiplied by our kernel in the regimes that the plan gave it."""
+    """A weight in the dtype of the activations, multiplied by our kernel where the plan says so."""
 
     def __init__(self, tensor: Tensor, kernels: Mapping[Regime, str]) -> None:
         """`tensor` [N, K]."""
         super().__init__(tensor.contiguous())
-        self._ours = frozenset(regime for regime, name in kernels.items() if name == SPEC.name)
+        self._kernels = Kernels.of(kernels)
         self._counters = torch.zeros(TILE_COUNTERS, dtype=torch.int32, device=tensor.device)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -42,7 +42,8 @@ class StoredSkinny(StoredDense):
 
     def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """x [M, K] times W^T, plus bias in float32 where the kernel is ours."""
-        if regime not in self._ours or x.dtype != self._tensor.dtype or x.shape[0] > LARGEST_M:
+        tokens = x.shape[0]
+        if self._kernels.at(tokens) != SPEC.name or x.dtype != self._tensor.dtype or tokens > LARGEST_M:
             return super().linear(x, regime, bias, out_dtype)
         run = torch.ops.anybit.skinny.default if torch.compiler.is_compiling() else multiply
         return cast("Tensor", run(x, self._tensor, self._counters, bias, out_dtype))

@@ -28,7 +28,7 @@ from anybit.kernels.linear.triton_w8a8_tiles import (
     operands,
     product_of,
 )
-from anybit.kernels.request import Regime
+from anybit.kernels.request import Kernels, Regime
 from anybit.kernels.triton import w8a8_jit as jit
 from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.quantizers import Quantized, quantize
@@ -61,7 +61,7 @@ class StoredRows8:
         product = product_of(weight.scheme)
         assert product is not None and len(weight.shape) == 2
         self.shape = weight.shape
-        self._product, self._kernels, self._pinned = product, dict(kernels), pinned
+        self._product, self._kernels, self._pinned = product, Kernels.of(kernels), pinned
         self._weight = replace(weight, stored_codes=torch.empty(0), bias=None, pre_scale=None, activation={})
         self._static = {name: t for name, t in weight.activation.items() if name in _STATIC}
         _demand_numbers(self._static)
@@ -111,7 +111,7 @@ class StoredRows8:
         if given is None or self._is_flavoured:
             return
         is_fn = self._product.element == "fp8_e4m3fn"
-        if given.kind == "float16" or FP8_EXACT.name in self._kernels.values() or (
+        if given.kind == "float16" or FP8_EXACT.name in self._kernels.used or (
                 given.kind == "fp8_e4m3fnuz" and is_fn):
             _demand_numbers_only(self._codes, self._product.element)
         if given.kind == "fp8_e4m3fnuz":
@@ -128,7 +128,7 @@ class StoredRows8:
         return cast("Tensor", run(
             x, self._codes, self._factor, self._sums, self._zeros, self._counters,
             static.get("scale"), static.get("zero_point"), static.get("lower_bound"), bias, self._problem,
-            self._kernels[regime], self._pinned, out_dtype,
+            self._kernels.at(x.shape[0]), self._pinned, out_dtype,
         ))
 
     def _canonical(self) -> QuantizedWeight:
