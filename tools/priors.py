@@ -3,8 +3,9 @@
     python tools/priors.py benchmarks/results/h200.json --device h200
     python tools/priors.py A.json B.json --device h200        (parts of one measurement, by schemes or shapes)
 
-Every right and timed row becomes a cell, and so does torch's unquantized product beside it. Files must be of one machine and of the same versions. Of a cell that stands
-in several files the last one counts. `anybit explain MODEL --on h200` and plans on such a device then read them.
+Every right and timed row becomes a cell, and so does torch's unquantized product beside it. Files must be of one
+machine and of the same versions. Of a cell that stands in several files the last one counts. `anybit explain MODEL
+--on h200` and plans on such a device then read them.
 """
 
 from __future__ import annotations

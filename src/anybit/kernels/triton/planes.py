@@ -272,7 +272,7 @@ class StoredPlanes:
         """The product of x's bfloat16 pieces, added in float32."""
         pieces = split(x, _PIECES[x.dtype])
         rows = torch.cat(pieces)
-        if self._expands(rows.shape[0], is_plain=False):
+        if self._expands(x.shape[0], is_plain=False):
             y = self._by_expanding(rows, None, None, torch.float32)
         else:
             y = self._multiply(rows, None, None, torch.float32)
