@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,38 +15,35 @@ from anybit.kernels.trials import sample_weight
 from anybit.schemes import ScaleLevel, Scheme, dense, group
 
 INT4 = Scheme("int4", (ScaleLevel("bfloat16", group(32)),))
-STEPS = ((8, 40, 100), (1, 8, 9, 40, 41, 100, 101, 300))
+TOKENS = (1, 8, 9, 40, 41, 100, 101, 300)
 
 
-def ran(steps: list[tuple[int, str]], tokens: int, scheme: Scheme, dtype: torch.dtype, **spies: str) -> list[str]:
-    """Which of the methods, by the kernel that they stand for, one call with M tokens reaches."""
-    weight = sample_weight(scheme, (64, 96))
-    stored = implementation(kernel(steps[0][1])).prepare(weight, dtype, Kernels(steps))
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_the_triton_planes_are_written_out_where_the_plan_says_so(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anybit.kernels.triton.planes import StoredPlanes
+
     seen: list[str] = []
 
-    def spy(name: str, method: str):  # type: ignore[no-untyped-def]
-        found = getattr(stored, method)
+    def expanding(self: StoredPlanes, x: Tensor, *rest: object) -> Tensor:
+        seen.append("triton-expand")
+        return torch.zeros(tokens, 64)
 
-        def call(*args: object, **named: object) -> Tensor:
-            seen.append(name)
-            return torch.zeros(tokens, 64, dtype=dtype) if "triton" in name else found(*args, **named)
+    def direct(self: StoredPlanes, *rest: object) -> Callable[..., Tensor]:
+        seen.append("triton-fused")
+        return lambda x, bias: torch.zeros(tokens, 64)
 
-        return call
-
-    for method, name in spies.items():
-        setattr(stored, method, spy(name, method))
-    product_of(weight, stored)(torch.randn(tokens, 96).to(dtype))
-    return seen
-
-
-@pytest.mark.parametrize("tokens", STEPS[1])
-def test_the_triton_planes_are_written_out_where_the_plan_says_so(tokens: int) -> None:
+    monkeypatch.setattr(StoredPlanes, "_by_expanding", expanding)
+    monkeypatch.setattr(StoredPlanes, "_direct", direct)
+    weight = sample_weight(INT4, (64, 96))
     steps = [(8, "triton-matvec"), (40, "triton-fused"), (100, "triton-expand"), (ANY, "triton-fused")]
-    seen = ran(steps, tokens, INT4, torch.bfloat16, _by_expanding="triton-expand", _multiply="triton-fused")
+    stored = implementation(kernel("triton-fused")).prepare(weight, torch.bfloat16, Kernels(steps))
+    product_of(weight, stored)(torch.randn(tokens, 96).bfloat16())
     assert seen == ["triton-expand" if 40 < tokens <= 100 else "triton-fused"]
 
 
-@pytest.mark.parametrize("tokens", STEPS[1])
+@pytest.mark.parametrize("tokens", TOKENS)
 def test_the_compiled_planes_run_the_kernel_of_the_step(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from anybit.kernels.native.planes import Planes as NativePlanes
 
