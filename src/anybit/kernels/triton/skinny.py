@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anybit.kernels.linear.dense_torch import StoredDense
 from anybit.kernels.linear.triton_skinny import LARGEST_M, SPEC, configure
-from anybit.kernels.request import Regime
+from anybit.kernels.request import Kernels, Regime
 from anybit.kernels.triton import skinny_jit as jit
 from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.launching import Argument, Call, Launch, Piece, Zeros, remember
@@ -24,13 +24,13 @@ _ADD_COLUMNS: Final = 1024
 
 
 class StoredSkinny(StoredDense, Opaque):
-    """A weight in the dtype of the activations, multiplied by our kernel in the regimes that the plan gave it."""
+    """A weight in the dtype of the activations, multiplied by our kernel where the plan says so."""
 
     def __init__(self, tensor: Tensor, kernels: Mapping[Regime, str]) -> None:
         """`tensor` [N, K]."""
         StoredDense.__init__(self, tensor.contiguous())
         Opaque.__init__(self)
-        self._ours = frozenset(regime for regime, name in kernels.items() if name == SPEC.name)
+        self._kernels = Kernels.of(kernels)
         self._captured: list[Tensor] = []  # zeros that graphs count in
         self._calls: dict[Any, Call] = {}
 
@@ -41,7 +41,8 @@ class StoredSkinny(StoredDense, Opaque):
 
     def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """x [M, K] times W^T, plus bias in float32 where the kernel is ours."""
-        if regime not in self._ours or x.dtype != self._tensor.dtype or x.shape[0] > LARGEST_M or 0 in x.shape:
+        tokens, is_other = x.shape[0], x.dtype != self._tensor.dtype
+        if self._kernels.at(tokens) != SPEC.name or is_other or tokens > LARGEST_M or 0 in x.shape:
             return super().linear(x, regime, bias, out_dtype)
         if torch.compiler.is_compiling():
             return self._as_operator(x, regime, bias, self.shape[0], out_dtype)

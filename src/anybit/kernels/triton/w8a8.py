@@ -29,7 +29,7 @@ from anybit.kernels.linear.triton_w8a8_tiles import (
     operands,
     product_of,
 )
-from anybit.kernels.request import Regime
+from anybit.kernels.request import Kernels, Regime
 from anybit.kernels.triton import w8a8_jit as jit
 from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Described, Launch, Piece, Zeros, launch, remember
@@ -67,7 +67,7 @@ class StoredRows8(Opaque):
         product = product_of(weight.scheme)
         assert product is not None and len(weight.shape) == 2
         self.shape = weight.shape
-        self._product, self._kernels, self._pinned = product, dict(kernels), pinned
+        self._product, self._kernels, self._pinned = product, Kernels.of(kernels), pinned
         self._weight = replace(weight, stored_codes=torch.empty(0), bias=None, pre_scale=None, activation={})
         self._static = {name: t for name, t in weight.activation.items() if name in _STATIC}
         _demand_numbers(self._static)
@@ -118,7 +118,7 @@ class StoredRows8(Opaque):
         if given is None or self._is_flavoured:
             return
         is_fn = self._product.element == "fp8_e4m3fn"
-        if given.kind == "float16" or FP8_EXACT.name in self._kernels.values() or (
+        if given.kind == "float16" or FP8_EXACT.name in self._kernels.used or (
                 given.kind == "fp8_e4m3fnuz" and is_fn):
             _demand_numbers_only(self._codes, self._product.element)
         if given.kind == "fp8_e4m3fnuz":
@@ -136,7 +136,7 @@ class StoredRows8(Opaque):
         key = (x.shape, x.stride(), x.dtype, out_dtype, None if bias is None else bias.dtype)
         call = self._calls.get(key)
         if call is None:
-            call = remember(self._calls, key, self._prepared(x, self._kernels[regime], bias, out_dtype))
+            call = remember(self._calls, key, self._prepared(x, self._kernels.at(x.shape[0]), bias, out_dtype))
         return call(x, bias)
 
     def _prepared(self, x: Tensor, kernel: str, bias: Tensor | None, out_dtype: torch.dtype) -> Run:
