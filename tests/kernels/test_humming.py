@@ -146,18 +146,20 @@ def test_shapes_and_dtypes_that_its_tiles_do_not_hold_are_refused() -> None:
     assert codes_against(grouped("int4", 256), shape=(28672, 4096 + 128)) == {"shape"}
     assert codes_against(nvfp4(), dtype=F32) == {"dtype"}
     assert codes_against(ACTIVE["nvfp4 w4a4"], dtype=F16) == {"dtype"}
+    assert codes_against(SCHEMES["int8 channel"], dtype=F16) == {"dtype"}
     assert not codes_against(nvfp4(), dtype=F16)
     assert codes_against(nvfp4(), kind="embedding") == {"kind"}
 
 
 @pytest.mark.parametrize(("scheme", "dtype", "words"), [
-    (nvfp4(), BF16, "partial sums to bfloat16"),
-    (SCHEMES["mxfp4"], F16, "partial sums to float16"),
-    (grouped("int4"), BF16, "weights and partial sums to bfloat16"),
-    (grouped("int4", format=F16), BF16, "scales, weights and partial sums to bfloat16"),
-    (SCHEMES["fp8 channel"], BF16, "row scales and sums before them to bfloat16"),
-    (ACTIVE["nvfp4 w4a4"], BF16, "partial sums to bfloat16"),
-    (ACTIVE["nvfp4 w4a4 by token"], BF16, "partial sums and sums before the factor of a row to bfloat16"),
+    (nvfp4(), BF16, "partial sums and their sums to bfloat16"),
+    (SCHEMES["mxfp4"], F16, "partial sums and their sums to float16"),
+    (SCHEMES["fp8 tensor"], BF16, "partial sums and their sums to bfloat16"),
+    (grouped("int4"), BF16, "weights, partial sums and their sums to bfloat16"),
+    (grouped("int4", format=F16), BF16, "scales, weights, partial sums and their sums to bfloat16"),
+    (SCHEMES["fp8 channel"], BF16, "row scales, partial sums, their products and sums of these to bfloat16"),
+    (ACTIVE["nvfp4 w4a4"], BF16, "partial sums and their sums to bfloat16"),
+    (ACTIVE["nvfp4 w4a4 by token"], BF16, "partial sums, their sums and sums before the factor of a row to bfloat16"),
 ])
 def test_it_says_what_it_rounds(scheme: Scheme, dtype: str, words: str) -> None:
     assert humming.rounds(request(scheme, dtype=dtype), h200("humming")) == words

@@ -198,7 +198,13 @@ def can_implement(request: Request, platform: Platform) -> Verdict:
         if request.dtype not in DTYPES else None,
         Reason("dtype", "quantized activations are exact in bfloat16", {"wanted": "bfloat16", "found": request.dtype})
         if quantizes and request.dtype == "float16" else None,
+        Reason("dtype", "sums before the scales of rows leave float16", {"wanted": "bfloat16", "found": request.dtype})
+        if request.dtype == "float16" and _is_by_row(request.scheme) else None,
     )
+
+
+def _is_by_row(scheme: Scheme) -> bool:
+    return bool(scheme.scales) and scheme.scales[0].block == CHANNEL
 
 
 def _chip_reasons(platform: Platform) -> list[Reason]:
@@ -216,19 +222,29 @@ def _chip_reasons(platform: Platform) -> list[Reason]:
 
 # --- price ------------------------------------------------------------------------------------------------------------
 
-# of an H200, humming's own choice of tiles, 2026-11-21 (docs/gpu.md): seconds that a call takes beside reading, and the
-# share of the memory's rate that decoding reaches
-_FIXED_SECONDS: Final = 7e-6
-_SHARE: Final[Mapping[str, float]] = {"": 0.79, "float8e8m0": 0.62, "float8e4m3": 0.62}
+# of an H200, humming's own choice of tiles (docs/gpu.md): what a call takes beside reading, and the share of
+# the memory's rate that decoding in registers leaves
+_FIXED_SECONDS: Final = 7.7e-6
+_READ_SHARE: Final = 0.88
+_DECODED_SHARE: Final[Mapping[str, float]] = {"zeros": 0.66, "small scales": 0.61, "3 bits": 0.5}
 _MORE_TOKENS_SHARE: Final = 0.88  # of that beyond 8 tokens
 _MATRIX_SHARE: Final = 0.72  # of the matrix rate
-_QUANTIZE_SECONDS: Final = 1.5e-6
+_QUANTIZE_SECONDS: Final = 2.5e-6  # and each kernel beside the product
+
+
+def _share(settings: Settings) -> float:
+    if settings.has_zeros:
+        return _DECODED_SHARE["zeros"]
+    if settings.bits == 3:
+        return _DECODED_SHARE["3 bits"]
+    return _DECODED_SHARE["small scales"] if settings.scale and settings.bits == 4 else _READ_SHARE
 
 
 def seconds(request: Request, platform: Platform) -> float:
     """Reading the stored weight, or the products, whichever takes longer; our quantizer before it."""
     settings = settings_of(request.scheme)
-    share = _SHARE[settings.scale] if isinstance(settings, Settings) else min(_SHARE.values())
+    assert isinstance(settings, Settings), settings
+    share = _share(settings)
     share *= _MORE_TOKENS_SHARE if request.tokens > 8 else 1.0
     n, k = request.shape[-2:]
     bandwidth = max(platform.bandwidth, 1e9)
@@ -268,18 +284,17 @@ def workspace(request: Request) -> int:
 
 
 def rounds(request: Request, platform: Platform) -> str:
-    """Parts of a sum meet in the dtype of the activations, and so do a code and a scale of 16 bits."""
+    """Parts of a sum, and what they add up to, meet in the dtype of the activations; so do a code and a wide scale."""
     first = request.scheme.scales[0]
-    words = ["partial sums"]
+    words = ["partial sums", "their sums"]
     if first.block == CHANNEL:
-        words = ["row scales", "sums before them"]
+        words = ["row scales", "partial sums", "their products", "sums of these"]
     elif not expands_exactly(request.scheme, request.dtype):
-        words = ["weights", *words]
-        if first.format in _WIDE_SCALES and first.format != request.dtype:
-            words = ["scales", *words]
+        is_cast = first.format in _WIDE_SCALES and first.format != request.dtype and first.block != TENSOR
+        words = [*(["scales"] if is_cast else []), "weights", *words]
     if input_factor(request.scheme.activation) == "rows":
-        words = [*words, "sums before the factor of a row"]
-    return f"{' and '.join([', '.join(words[:-1]), words[-1]] if words[1:] else words)} to {request.dtype}"
+        words.append("sums before the factor of a row")
+    return f"{', '.join(words[:-1])} and {words[-1]} to {request.dtype}"
 
 
 SPEC: Final = KernelSpec(

@@ -48,6 +48,7 @@ class Library:
         self.ops, schema, self.transform, self.tune, kernel = (import_module(name) for name in _PARTS)
         self._weight_schema, self._input_schema = schema.BaseWeightSchema, schema.BaseInputSchema
         self._kernel = kernel.HummingKernel
+        self._run: Any = None
 
     def config(self, settings: Settings, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Any:
         """Its description of a layer [N, K]."""
@@ -78,8 +79,10 @@ class Library:
         as_tokens  the M whose kernel takes it, 0: that of x
         """
         weight, scale, zeros, factor, locks = parts
-        torch.ops.humming.launch_kernel.out(
-            table, x, weight, scale, factor, None, None, zeros, None, out, None, None, None, None, locks, 1, as_tokens)
+        if self._run is None:  # defined when humming compiles its first kernel
+            self._run = torch.ops.humming.launch_kernel.out
+        self._run(table, x, weight, scale, factor, None, None, zeros, None, out, None, None, None, None, locks, 1,
+                  as_tokens)
 
 
 @cache

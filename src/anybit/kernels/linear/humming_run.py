@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Final, cast
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from anybit.kernels.linear.humming_layout import codes_of, plain_of, scales_of, 
 from anybit.kernels.linear.humming_library import RUNGS, Kernels, Library, library
 from anybit.kernels.linear.tiled_torch import as_bits
 from anybit.kernels.request import Regime
+from anybit.kernels.triton.opaque import Opaque
 from anybit.numerics.codec import decode
-from anybit.schemes import ActivationSpec
 from anybit.weights import Dense, QuantizedWeight, Weight, spread
 
 __all__ = ["Humming", "StoredHumming"]
@@ -24,52 +24,9 @@ __all__ = ["Humming", "StoredHumming"]
 PARTS: Final = ("weight", "weight_scale", "zero_point", "weight_scale_2", "locks")
 _ACTIVATION: Final = "activation_"  # of the names of static activation tensors
 _ALIGNED: Final = 16  # bytes: what humming asks of x
-_Quantizer = tuple[ActivationSpec, tuple[str, ...]]
 
 
-class _Layer:
-    """What an operator needs beside tensors: the kernels of a shape and scheme, and the quantizer of its input."""
-
-    def __init__(self, kernels: Kernels, rows: int, dtype: torch.dtype, quantizer: _Quantizer | None) -> None:
-        self.table, self.rows, self.dtype, self.quantizer = kernels.table, rows, dtype, quantizer
-        self.scales_rows = quantizer is not None and input_factor(quantizer[0]) == "rows"
-
-
-_LAYERS: list[_Layer] = []
-_NUMBERS: dict[tuple[str, str, str, _Quantizer | None], int] = {}
-
-
-def _multiply(x: Tensor, parts: list[Tensor | None], activation: list[Tensor], number: int) -> Tensor:
-    """x [M, K] times the weight, quantized first where the layer says so: [M, N] in the dtype of the kernels."""
-    layer = _LAYERS[number]
-    out = torch.empty((x.shape[0], layer.rows), dtype=layer.dtype, device=x.device)
-    if x.shape[0] == 0:
-        return out
-    factors = None
-    if layer.quantizer is not None:
-        from anybit.kernels.triton.quantizers import fake_quantize
-
-        spec, names = layer.quantizer
-        x, factors = fake_quantize(x, spec, dict(zip(names, activation, strict=True)))
-    x = x.to(layer.dtype).contiguous()
-    library().launch(layer.table, x if x.data_ptr() % _ALIGNED == 0 else x.clone(), parts, out)
-    return out.mul_(factors[:, None]) if factors is not None and layer.scales_rows else out
-
-
-def _fake_multiply(x: Tensor, parts: list[Tensor | None], activation: list[Tensor], number: int) -> Tensor:
-    layer = _LAYERS[number]
-    return x.new_empty((x.shape[0], layer.rows), dtype=layer.dtype)
-
-
-_LIBRARY: Final = torch.library.Library("anybit", "FRAGMENT")  # type: ignore[no-untyped-call]
-# locks are written and are zero again when a call ends: for whoever orders calls they do not change
-_LIBRARY.define("humming_matmul(Tensor x, Tensor?[] parts, Tensor[] activation, int number) -> Tensor")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("humming_matmul", _multiply, "CUDA")  # type: ignore[no-untyped-call]
-torch.library.register_fake("anybit::humming_matmul", _fake_multiply, lib=_LIBRARY)
-_multiply_op = torch.ops.anybit.humming_matmul.default
-
-
-class StoredHumming:
+class StoredHumming(Opaque):
     """A weight [N, K] in humming's order, with the quantization of its input in front.
 
     The factor that static quantization of the input leaves is part of the matrix's own.
@@ -80,20 +37,28 @@ class StoredHumming:
         tensors: dict[str, Tensor], factor: float,
     ) -> None:  # fmt: skip
         """`tensors` as humming ordered them, on the device that they run on; `factor` is the input's part of theirs."""
+        super().__init__()
         self.shape = weight.shape
-        spec = weight.scheme.activation
-        self.quantizes_input = spec is not None
+        self._spec = weight.scheme.activation
+        self.quantizes_input = self._spec is not None
         self._scheme, self._settings, self._dtype = weight.scheme.weight_only(), settings, dtype
-        self._config = kernels.config
-        self._factor = factor
-        self._activation = dict(weight.activation) if spec is not None else {}
+        self._kernels, self._library, self._factor = kernels, library(), factor
+        self._scales_rows = input_factor(self._spec) == "rows"
+        self._activation = dict(weight.activation) if self._spec is not None else {}
         self._tensors = tensors
         self._dtypes = {name: t.dtype for name, t in self._held().items()}
-        quantizer = None if spec is None else (spec, tuple(self._activation))
-        self._number = _number_of(kernels, self.shape[0], dtype, quantizer, tensors["weight"].device)
+        self._take()
 
     def _held(self) -> dict[str, Tensor]:
         return self._tensors | {f"{_ACTIVATION}{name}": t for name, t in self._activation.items()}
+
+    def _take(self) -> None:
+        self._parts = [self._tensors.get(name) for name in PARTS]
+        self._quantizer = None
+        if self._spec is not None:
+            from anybit.kernels.triton.quantizers import Quantizer  # needs Triton
+
+            self._quantizer = Quantizer(self._spec, self._activation, self.shape[1], values=torch.bfloat16, own=True)
 
     def tensors(self) -> dict[str, Tensor]:
         """The buffers by name, floats as bit patterns."""
@@ -104,20 +69,24 @@ class StoredHumming:
         real = {name: tensors[name].view(dtype) for name, dtype in self._dtypes.items()}
         self._tensors = {name: real[name] for name in self._tensors}
         self._activation = {name: real[f"{_ACTIVATION}{name}"] for name in self._activation}
-
-    def product(self, x: Tensor) -> Tensor:
-        """x [M, K] -> [M, N] in the dtype of the kernels, without a bias."""
-        parts = [self._tensors.get(name) for name in PARTS]
-        # outside a compiler the dispatcher would only cost time
-        run = _multiply_op if torch.compiler.is_compiling() else _multiply
-        return cast("Tensor", run(x, parts, list(self._activation.values()), self._number))
+        self._take()
 
     def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        """x [M, K] times W^T, then the bias, added in float32 to the rounded product: [M, N] in `out_dtype`."""
-        y = self.product(x)
+        """x [M, K] times W^T, then factors of rows and the bias in float32 on the rounded product: [M, N]."""
+        if torch.compiler.is_compiling():
+            return self._as_operator(x, regime, bias, self.shape[0], out_dtype)
+        out = torch.empty((x.shape[0], self.shape[0]), dtype=self._dtype, device=x.device)
+        factors = None
+        if x.shape[0]:
+            if self._quantizer is not None:
+                found = self._quantizer(x)
+                x, factors = found.codes, found.factor if self._scales_rows else None
+            self._library.launch(self._kernels.table, _aligned(x, self._dtype), self._parts, out)
+        if factors is not None:
+            return _finished(out, factors, bias, out_dtype)
         if bias is not None:
-            y = y.add_(bias) if out_dtype == y.dtype else y.float() + bias.float()
-        return y.to(out_dtype)
+            out = out.add_(bias) if out_dtype == out.dtype else out.float() + bias.float()
+        return out if out.dtype == out_dtype else out.to(out_dtype)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight's rows [.., K] for integer `index` [..]."""
@@ -125,12 +94,12 @@ class StoredHumming:
 
     def dequantize(self) -> Tensor:
         """The float32 weight [N, K], of codes and scales as the kernels read them."""
-        made, held, scheme = library(), self._tensors, self._scheme
+        made, config, held, scheme = self._library, self._kernels.config, self._tensors, self._scheme
         n, k = self.shape
-        codes = codes_of(made, self._config, held["weight"], self._settings, (n, k), self._dtype)
-        scale = scales_of(made, self._config, held["weight_scale"], self._settings, self._dtype).float()
+        codes = codes_of(made, config, held["weight"], self._settings, (n, k), self._dtype)
+        scale = scales_of(made, config, held["weight_scale"], self._settings, self._dtype).float()
         if self._settings.shift or scheme.offset is not None:
-            value = codes.float() - self._zeros(made, n)
+            value = codes.float() - self._zeros()
         else:
             value = decode(scheme.element, codes)
         if "weight_scale_2" in held:
@@ -139,22 +108,32 @@ class StoredHumming:
             scale = scale / self._factor
         return value * spread(scale, scheme.scales[0].block, (n, k), "grid", None)
 
-    def _zeros(self, made: Library, n: int) -> Tensor | float:
+    def _zeros(self) -> Tensor | float:
         if self._scheme.offset is None:
             return float(self._settings.shift)
-        zeros = zeros_of(made, self._tensors["zero_point"], self._settings, n).float()
+        zeros = zeros_of(self._library, self._tensors["zero_point"], self._settings, self.shape[0]).float()
         return spread(zeros, self._scheme.offset.block, self.shape, "grid", None)
 
 
-def _number_of(
-    kernels: Kernels, rows: int, dtype: torch.dtype, quantizer: _Quantizer | None, device: torch.device
-) -> int:
-    """A number for a layer's kernels, the same one for equal layers of a device: what an operator takes."""
-    key = (kernels.config.to_str(), str(dtype), str(device), quantizer)
-    if key not in _NUMBERS:
-        _NUMBERS[key] = len(_LAYERS)
-        _LAYERS.append(_Layer(kernels, rows, dtype, quantizer))
-    return _NUMBERS[key]
+def _aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows side by side in the dtype of the kernels, where their loads of 16 bytes may begin."""
+    x = x.to(dtype).contiguous()
+    return x if x.data_ptr() % _ALIGNED == 0 else x.clone()
+
+
+def _finished(y: Tensor, factors: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """y [M, N] times float32 factors [M] of rows, plus the bias."""
+    from anybit.kernels.triton.launching import launch
+    from anybit.kernels.triton.planes_kernels import finish_kernel
+
+    (tokens, rows), columns = y.shape, 1024
+    out = y if y.dtype == out_dtype else torch.empty_like(y, dtype=out_dtype)
+    launch(
+        finish_kernel, (tokens, -(-rows // columns)),
+        [y, factors, y if bias is None else bias, out, tokens, rows, out.stride(0), 1.0],
+        y.device, TOKENS=True, BIAS=bias is not None, BN=columns, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 class Humming:
