@@ -6,6 +6,7 @@ on a busy server nvidia-smi takes seconds, and a GPU that is not seen would be r
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import platform as host
@@ -31,6 +32,8 @@ _CPU_FLAGS: Final = frozenset(
      "amx_int8", "amx_bf16", "avx_vnni", "asimd", "sve", "bf16", "i8mm"}
 )
 _PYTHON_PROVIDERS: Final = ("torch", "triton", "aiter", "humming")
+# import name -> (distribution, start of the versions that its adapter is written for)
+_VERSIONS: Final = {"humming": ("humming-kernels", "0.1.")}
 
 
 def detect(device: str = "auto") -> Platform:
@@ -58,8 +61,19 @@ def _index(device: str) -> int:
     return int(number) if number.isdigit() else 0
 
 
+def _is_known(name: str) -> bool:
+    """False for a package of another version than the one whose interface and arithmetic we know."""
+    if name not in _VERSIONS:
+        return True
+    distribution, known = _VERSIONS[name]
+    try:
+        return importlib.metadata.version(distribution).startswith(known)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def _providers() -> frozenset[str]:
-    found = {name for name in _PYTHON_PROVIDERS if importlib.util.find_spec(name) is not None}
+    found = {name for name in _PYTHON_PROVIDERS if importlib.util.find_spec(name) is not None and _is_known(name)}
     folder = Path(__file__).resolve().parent.parent / "kernels" / "native"
     spec = importlib.util.find_spec("anybit.kernels")
     folders = [folder, *(Path(p) / "native" for p in (spec.submodule_search_locations if spec else None) or [])]
