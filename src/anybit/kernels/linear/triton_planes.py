@@ -1,7 +1,7 @@
 """Specs of the weight-only Triton family on packed planes: layout "triton-planes", three kernels.
 
 `triton-matvec` and `triton-fused` decode operands in registers and round nothing; `triton-expand` decodes rows to a
-scratch of 64 MiB and leaves prefill to torch's product. Activation quantization is carried out exactly in front of
+scratch of at most 256 MiB and leaves prefill to torch's product. Activation quantization is carried out exactly in front of
 them: codes times their block scale are exact in bfloat16, factors of rows go into the epilogue. What the layout holds:
 `kernels/triton/planes_form.py`.
 """
@@ -26,7 +26,6 @@ _LAUNCH_SECONDS: Final = 3e-6
 _RAMP_SECONDS: Final = 2.5e-6  # filling and draining the chip, which short products show
 _QUANTIZE_SECONDS: Final = 2.5e-6  # the quantizer kernel in front
 _TORCH_QUANTIZE_SECONDS: Final = 60e-6  # torch's operations in its place: some twenty launches
-SCRATCH_BYTES: Final = 64 * 2**20
 # share of the memory's rate that decoding reaches, by form: measured on sm_90 (docs/results), M = 1 and 16
 _MEMORY_SHARE: Final[Mapping[str, float]] = {"fold": 0.65, "group": 0.7, "row": 0.7, "decode": 0.3}
 _FINE_SHARE: Final = 0.5  # scales of groups of 16
@@ -118,7 +117,7 @@ def expand_seconds(request: Request, platform: Platform) -> float:
     """Decoding to memory once, then torch's product."""
     n, k = request.shape[-2:]
     moved = _bytes(request) + 2.0 * n * k
-    launches = 2 * max(1.0, 2.0 * n * k / SCRATCH_BYTES) * _LAUNCH_SECONDS
+    launches = 2 * -(-n // max(planes_launch.scratch_rows(n, k), 1)) * _LAUNCH_SECONDS
     product = max(request.flops / (_EXPANDED_SHARE * _rate(request, platform)), 2.0 * n * k / platform.bandwidth)
     write = moved / (_EXPAND_BYTES_SHARE * max(platform.bandwidth, 1e9))
     return _quantize_seconds(request, platform) + launches + write + product
@@ -164,7 +163,7 @@ def groups_are_alike(request: Request) -> str | None:
 def scratch(request: Request) -> int:
     """The expanded rows, and the float32 product where a factor of rows is left to an epilogue."""
     n, k = request.shape[-2:]
-    rows = min(n, max(64, SCRATCH_BYTES // (2 * max(k, 1)) // 64 * 64))
+    rows = planes_launch.scratch_rows(n, k)
     return 2 * rows * k + 2 * request.tokens * k + 4 * request.tokens * rows
 
 
@@ -331,6 +330,6 @@ EXPAND = KernelSpec(
     name="triton-expand", layout="triton-planes", implementation=_IMPLEMENTATION, can_implement=can_expand,
     seconds=expand_seconds, stored_bytes=stored_bytes, rounds=expansion_rounds, workspace=scratch,
     assumes=groups_are_alike, cases=expand_cases,
-    about="Triton: packed codes decoded to a 64 MiB scratch, then torch's matrix product",
+    about="Triton: packed codes decoded to a scratch, then torch's matrix product",
 )  # fmt: skip
 SPECS: Final = (MATVEC, FUSED, EXPAND)

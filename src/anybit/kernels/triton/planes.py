@@ -22,7 +22,16 @@ from anybit.kernels.request import Kernels, Regime
 from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Launch, Piece, Zeros, launch, remember
 from anybit.kernels.triton.opaque import Opaque
-from anybit.kernels.triton.planes_launch import configure, constants, expansion, half_factor, overlaps, terms_of
+from anybit.kernels.triton.planes_hopper_launch import hopper_config
+from anybit.kernels.triton.planes_launch import (
+    configure,
+    constants,
+    expansion,
+    half_factor,
+    overlaps,
+    scratch_rows,
+    terms_of,
+)
 from anybit.kernels.triton.planes_prepare import Packed, pack, unpacked
 from anybit.kernels.triton.recipes import can_fake_quantize
 from anybit.numerics.formats import number_format
@@ -34,7 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["StoredPlanes", "TritonPlanes"]
 
-SCRATCH_BYTES: Final = 64 * 2**20  # of expanded rows at a time
 # in the kernels' order
 PARTS: Final = ("plane_0", "plane_1", "plane_2", "scale", "scale_super", "zeros", "addend", "addend_super", "row",
                 "table")
@@ -156,8 +164,8 @@ class StoredPlanes(Opaque):
         """x [M, K] in any float dtype times W^T (+ bias): [M, N] in `out_dtype`, float32 sums, one rounding."""
         if torch.compiler.is_compiling():
             return self._as_operator(x, regime, bias, self.shape[0], out_dtype)
-        if x.stride(1) != 1:
-            x = x.contiguous()
+        if x.stride(1) != 1 or x.data_ptr() & 15:  # kernels are compiled for addresses that 16 bytes divide
+            x = x.clone(memory_format=torch.contiguous_format)
         key = (x.shape, x.stride(), x.dtype, out_dtype, None if bias is None else bias.dtype)
         call = self._calls.get(key)
         if call is None:
@@ -240,7 +248,15 @@ class StoredPlanes(Opaque):
 
         (tokens, columns), rows, form = x.shape, self.shape[0], self._packed.form
         device, arch = x.device, arch_of(x.device)
-        config = configure(form, rows, columns, _PINNED_TOKENS if self._is_pinned else tokens, arch)
+        planned = _PINNED_TOKENS if self._is_pinned else tokens
+        if quantize is not None or tokens == 1 or x.stride(0) % 16 == 0:
+            hopper = hopper_config(form, rows, columns, planned, arch)
+            if hopper is not None:
+                from anybit.kernels.triton.planes_hopper_run import hopper_call
+
+                return hopper_call(hopper, form, rows, self._parts, self._captured, x, factors, bias, out_dtype,
+                                   quantize)
+        config = configure(form, rows, columns, planned, arch)
         row = self._parts[8]  # stands in for what a specialization does not read
         padded_rows, padded = row.shape[0], form.padded(columns)
         tiles, is_split = -(-tokens // config.tokens) * (padded_rows // config.rows), config.split > 1
@@ -305,7 +321,7 @@ class StoredPlanes(Opaque):
             alpha = factor * half_factor(form, is_half=x.dtype == torch.float16)
         if factors is not None and self._static_factor is not None:
             alpha, factors = alpha * self._static_factor, None
-        step = max(64, SCRATCH_BYTES // (2 * max(k, 1)) // 64 * 64)
+        step = scratch_rows(n, k)
         out = torch.empty((x.shape[0], n), dtype=out_dtype, device=x.device)
         for start in range(0, n, step):
             count = min(step, n - start)

@@ -13,7 +13,8 @@ from anybit.kernels.triton.planes_form import ROWS, Form
 from anybit.platforms import Platform
 from anybit.platforms.archs import ARCHS
 
-__all__ = ["Config", "configure", "constants", "expansion", "half_factor", "overlaps", "refused_arch", "terms_of"]
+__all__ = ["Config", "configure", "constants", "expansion", "half_factor", "overlaps", "refused_arch", "scratch_rows",
+           "terms_of"]
 
 _DECODE: Final = {"int": 0, "float": 1, "table": 2}
 _SCALING: Final = {"row": 0, "group": 1, "fold": 2, "decode": 3}
@@ -167,6 +168,15 @@ def refused_arch(platform: Platform) -> str | None:
 def expansion(form: Form) -> tuple[int, int]:
     """Rows and blocks of K that a program of `expand_kernel` decodes: about 4096 weights."""
     return (1, max(1, 4096 // form.block)) if form.fields == 8 else (4, max(1, 1024 // form.block))
+
+
+SCRATCH_BYTES: Final = 256 * 2**20  # of expanded rows at a time: each piece is a product of its own, and ends in a ramp
+
+
+def scratch_rows(rows: int, columns: int) -> int:
+    """Rows that are expanded at a time: equal pieces, in multiples of what a product's tile takes."""
+    pieces = max(1, -(-2 * rows * columns // SCRATCH_BYTES))
+    return min(rows, -(-rows // (pieces * 256)) * 256)
 
 
 @lru_cache(maxsize=1024)
