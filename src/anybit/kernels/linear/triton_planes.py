@@ -1,9 +1,9 @@
 """Specs of the weight-only Triton family on packed planes: layout "triton-planes", three kernels.
 
 `triton-matvec` and `triton-fused` decode operands in registers and round nothing; `triton-expand` decodes rows to a
-scratch of at most 256 MiB and leaves prefill to torch's product. Activation quantization is carried out exactly in front of
-them: codes times their block scale are exact in bfloat16, factors of rows go into the epilogue. What the layout holds:
-`kernels/triton/planes_form.py`.
+scratch of at most 256 MiB and leaves prefill to torch's product. Activation quantization is carried out exactly in
+front of them: codes times their block scale are exact in bfloat16, factors of rows go into the epilogue. What the
+layout holds: `kernels/triton/planes_form.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Final
 from anybit.kernels.compiling import CompileCase
 from anybit.kernels.linear.triton_endings import finish_cases
 from anybit.kernels.linear.triton_experts import experts_case
+from anybit.kernels.linear.triton_hopper import hopper_case
 from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.kernels.triton import planes_form, planes_launch
 from anybit.kernels.triton.planes_form import Form, form_of
@@ -198,6 +199,7 @@ _SAMPLES: Final[Mapping[str, Scheme]] = {
 # the samples that are compiled for more than one number of tokens and in float16
 _MAIN: Final = ("int4 g128", "nvfp4")
 _OF_EXPERTS: Final = ("int4 g128", "uint4 g128 zp", "mxfp4", "nvfp4", "q4_k")
+_OF_HOPPER: Final = ("int4 g128", "uint4 g128 zp", "mxfp4", "nvfp4")
 _QUANTIZED: Final = ("nvfp4",)  # compiled with factors of x's rows
 _SHAPE: Final = (4096, 4096)
 _LARGE_SHAPE: Final = (57344, 8192)  # compiled too where its tiles are others
@@ -239,6 +241,21 @@ def _product_cases(kernel: str, arch: str, tokens: tuple[int, ...]) -> Iterator[
                 large = _product_case(kernel, arch, name, scheme, dtype, m, _LARGE_SHAPE)
                 if _tile_of(large) != _tile_of(usual):
                     yield large
+
+
+def _hopper_cases(kernel: str, arch: str, tokens: tuple[int, ...]) -> Iterator[CompileCase]:
+    """The products that the kernels in Gluon take, where their launches differ."""
+    seen = set()
+    for name in _OF_HOPPER:
+        for dtype in ("bfloat16", "float16") if name in _MAIN else ("bfloat16",):
+            for shape in (_SHAPE, _LARGE_SHAPE):
+                for m in tokens:
+                    case = hopper_case(_product_case(kernel, arch, name, _SAMPLES[name], dtype, m, shape),
+                                       form_of(_SAMPLES[name], shape[1]), shape, m)  # fmt: skip
+                    key = case and (name, dtype, case.function, tuple(case.constants.items()), case.num_warps)
+                    if case is not None and key not in seen:
+                        seen.add(key)
+                        yield case
 
 
 def _tile_of(case: CompileCase) -> tuple[object, ...]:
@@ -283,7 +300,9 @@ def _claims(arch: str) -> bool:
 
 def matvec_cases(arch: str) -> list[CompileCase]:
     """Decode."""
-    return list(_product_cases("triton-matvec", arch, (1,))) if _claims(arch) else []
+    if not _claims(arch):
+        return []
+    return [*_product_cases("triton-matvec", arch, (1,)), *_hopper_cases("triton-matvec", arch, (1,))]
 
 
 def fused_cases(arch: str) -> list[CompileCase]:
@@ -292,7 +311,8 @@ def fused_cases(arch: str) -> list[CompileCase]:
         return []
     experts = [experts_case(_product_case("triton-fused", arch, name, _SAMPLES[name], "bfloat16", m, _SHAPE))
                for name in _OF_EXPERTS for m in (1, 64)]
-    return [*_product_cases("triton-fused", arch, (16, 64, 512)), *experts]
+    return [*_product_cases("triton-fused", arch, (16, 64, 512)), *experts,
+            *_hopper_cases("triton-fused", arch, (16, 32, 64, 128, 512))]
 
 
 def expand_cases(arch: str) -> list[CompileCase]:

@@ -7,7 +7,8 @@ decoded while the products of those before it run. Same stored layout, same deco
 scales (2). What arrives at once is 256 inputs, 32 words a row: one block, or two of 128 inputs.
 
 `few_kernel` does one after the other; several programs on a multiprocessor fill its gaps. `many_kernel` has a tile so
-large that one program fills it, and lets the next inputs arrive and its first field be decoded while the last multiplies.
+large that one program fills it, and lets the next inputs arrive, and their first field be decoded, while the last one
+multiplies.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def _decoded(words, pair, i: gl.constexpr, FOLD: gl.constexpr, D: gl.constexpr):
 
     Not pure, though it is: so it stays between the products that it stands between.
     """
-    if D == gl.bfloat16:
+    if gl.bfloat16 == D:
         return gl.inline_asm_elementwise(_FLOATS_BF16[i] if FOLD else _INTEGERS_BF16[i], "=r,r,r,r,r",
                                          [words, pair[:, None]], dtype=gl.bfloat16, is_pure=False, pack=2)
     else:
@@ -59,7 +60,7 @@ def _decoded(words, pair, i: gl.constexpr, FOLD: gl.constexpr, D: gl.constexpr):
 @gluon.jit
 def _factor(word, j: gl.constexpr, SKIND: gl.constexpr, D: gl.constexpr):
     """Byte j of words of folded scales as the factor of fp4 operands, twice in 32 bits: [BN] int32."""
-    if SKIND == 2 and D == gl.bfloat16:
+    if SKIND == 2 and gl.bfloat16 == D:
         return gl.inline_asm_elementwise(_BIASED[j], "=r,r", [word], dtype=gl.int32, is_pure=True, pack=1)
     else:
         return gl.inline_asm_elementwise(_SHIFTED[j], "=r,r", [word], dtype=gl.int32, is_pure=True, pack=1)
@@ -76,7 +77,7 @@ def _pair(ss, zs, f: gl.constexpr, R: gl.constexpr, FOLD: gl.constexpr, SKIND: g
             zero = zs.slice(f // R * BN, BN).load(gl.SliceLayout(1, DOT)).to(gl.int32)
         else:
             zero = gl.full([BN], ZERO, gl.float32, gl.SliceLayout(1, DOT)).to(gl.int32)
-        return (zero | (zero << 16)) + (_NEGATIVE_FP16 if D == gl.float16 else _NEGATIVE_BF16)
+        return (zero | (zero << 16)) + (_NEGATIVE_FP16 if gl.float16 == D else _NEGATIVE_BF16)
 
 
 @gluon.jit
@@ -304,8 +305,8 @@ def many_kernel(
 
     for i in gl.static_range(STAGES - 1):
         _copy(x_from, x_offsets, w_from, w_offsets, s_from, z_from, x_smem.index(i), w_smem.index(i // XS),
-              s_smem.index(i // XS), z_smem.index(i // XS), first + i // XS, last, i % XS, counted, x_columns, w_columns,
-              wide, z_wide, K, NP, KP, z_stride, P, G, R, XS, SCALING, ZEROS, BN, EVEN)
+              s_smem.index(i // XS), z_smem.index(i // XS), first + i // XS, last, i % XS, counted, x_columns,
+              w_columns, wide, z_wide, K, NP, KP, z_stride, P, G, R, XS, SCALING, ZEROS, BN, EVEN)
         async_copy.commit_group()
     acc = gl.zeros([BN, BM], gl.float32, MMA)
     part = acc
@@ -335,9 +336,9 @@ def many_kernel(
                 fence_async_shared()
                 into = (word_slot + (f // FS + STAGES - 1) // XS) % WS
                 _copy(x_from, x_offsets, w_from, w_offsets, s_from, z_from, x_smem.index((slot + STAGES - 1) % STAGES),
-                      w_smem.index(into), s_smem.index(into), z_smem.index(into), b + (f // FS + STAGES - 1) // XS, last,
-                      (f // FS + STAGES - 1) % XS, counted, x_columns, w_columns, wide, z_wide, K, NP, KP, z_stride, P,
-                      G, R, XS, SCALING, ZEROS, BN, EVEN)
+                      w_smem.index(into), s_smem.index(into), z_smem.index(into), b + (f // FS + STAGES - 1) // XS,
+                      last, (f // FS + STAGES - 1) % XS, counted, x_columns, w_columns, wide, z_wide, K, NP, KP,
+                      z_stride, P, G, R, XS, SCALING, ZEROS, BN, EVEN)
                 async_copy.commit_group()
                 slot = (slot + 1) % STAGES
                 xs = x_smem.index(slot)

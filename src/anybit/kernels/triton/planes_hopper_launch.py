@@ -15,11 +15,12 @@ from typing import Any, Final
 from anybit.kernels.triton.planes_form import ROWS, Form
 from anybit.kernels.triton.planes_launch import constants
 
-__all__ = ["HopperConfig", "has_gluon", "hopper_config", "hopper_constants"]
+__all__ = ["HopperConfig", "has_gluon", "hopper_config", "hopper_constants", "planned", "shared_bytes", "takes"]
 
 _ARCH: Final = "sm_90"
 _MULTIPROCESSORS: Final = 132
 _COMPILES: Final = ((3, 5), (3, 9))  # versions of Triton whose Gluon the kernel is written for, first and last
+_AT_ONCE: Final = 256  # inputs that the kernels take at once
 _ALIGNED: Final = 16  # what K and the stride of x are multiples of, so that x is copied 16 bytes at a time
 
 
@@ -66,7 +67,12 @@ def takes(form: Form) -> bool:
 @lru_cache(maxsize=4096)
 def hopper_config(form: Form, rows: int, columns: int, tokens: int, arch: str) -> HopperConfig | None:
     """The launch for a product of `tokens` with a weight [rows, columns]; None where `planes_launch` has it."""
-    if arch != _ARCH or not takes(form) or columns % _ALIGNED or not has_gluon():
+    return planned(form, rows, columns, tokens) if arch == _ARCH and has_gluon() else None
+
+
+def planned(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig | None:
+    """The same, whatever is installed; pure."""
+    if columns % _ALIGNED or not takes(form):
         return None
     padded = -(-rows // ROWS) * ROWS
     tile = _tile(form, padded, tokens)
@@ -74,7 +80,16 @@ def hopper_config(form: Form, rows: int, columns: int, tokens: int, arch: str) -
         return None
     tiles = padded // tile.rows * -(-tokens // tile.tokens)
     wanted = 396 if tokens <= _FEW else _MULTIPROCESSORS
-    return replace(tile, split=_parts(-(-columns // 256), wanted // tiles, 8 if tokens <= 64 else 4))
+    return replace(tile, split=_parts(-(-columns // _AT_ONCE), wanted // tiles, 8 if tokens <= 64 else 4))
+
+
+def shared_bytes(form: Form, config: HopperConfig) -> int:
+    """Shared memory of a launch: x, words, and what groups of rows have."""
+    steps = max(config.steps, 1)
+    held = (config.stages + steps - 2) // steps + 1  # of _AT_ONCE inputs
+    scales = _AT_ONCE // form.tile // (4 if form.scaling == "fold" else form.run)
+    beside = scales * config.rows * (4 + form.has_zeros)
+    return config.stages * config.tokens * 2 * _AT_ONCE // steps + held * (config.rows * _AT_ONCE // 2 + beside)
 
 
 _FEW: Final = 32
@@ -111,6 +126,6 @@ def hopper_constants(
     steps = {"XS": config.steps} if config.steps else {}
     return steps | {name: shared[name] for name in ("P", "G", "SCALING", "SKIND", "ZERO", "ZEROS")} | {
         "R": form.run, "BM": config.tokens, "BN": config.rows, "STAGES": config.stages, "FLIGHT": config.flight,
-        "SPLIT": config.split > 1, "TOKENS": has_factors, "BIAS": has_bias, "EVEN": columns % 256 == 0,
+        "SPLIT": config.split > 1, "TOKENS": has_factors, "BIAS": has_bias, "EVEN": columns % _AT_ONCE == 0,
         "WARPS": config.warps,
     }  # fmt: skip

@@ -86,8 +86,6 @@ def configure(form: Form, rows: int, columns: int, tokens: int, arch: str) -> Co
         warps, stages = min(warps, 4), min(stages, 3)
     if form.terms > 1 or arch == "sm_86" or arch == "sm_89" or arch.startswith("sm_12"):
         stages = 2  # 99 KiB of shared memory
-    if form.kind == "table":
-        stages = 1  # the pipeline would send the look-ups through shared memory too
     tiles = padded // bn * -(-tokens // bm)
     split = 1
     if tokens <= _SPLIT_TOKENS:
