@@ -18,6 +18,7 @@ from anybit.kernels.linear.triton_hopper import hopper_case
 from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.kernels.triton import planes_form, planes_launch
 from anybit.kernels.triton.planes_form import Form, form_of
+from anybit.kernels.triton.planes_hopper_launch import hopper_config
 from anybit.kernels.triton.recipes import can_fake_quantize
 from anybit.platforms import Platform
 from anybit.platforms.archs import ARCHS
@@ -34,6 +35,7 @@ _MORE_TOKENS_SHARE: Final = 0.87  # of that beyond 8 tokens
 _TABLE_SHARE: Final = 0.3  # a look-up for each weight
 # share of the matrix rate of the fused kernel, and of torch's product after expansion
 _FUSED_SHARE: Final = 0.35
+_GLUON_SHARE: Final = 0.5  # where decoding runs beside the products
 _EXPANDED_SHARE: Final = 0.75
 _EXPAND_BYTES_SHARE: Final = 0.75
 
@@ -110,8 +112,13 @@ def fused_seconds(request: Request, platform: Platform) -> float:
     passes = max(1.0, -(-request.tokens // 128) * 0.5)
     work = form.terms * (2 if form.addend != "none" else 1)
     read = passes * _bytes(request) / (share * max(platform.bandwidth, 1e9))
-    multiply = work * request.flops / (_FUSED_SHARE * _rate(request, platform))
+    multiply = work * request.flops / (_matrix_share(request, platform, form) * _rate(request, platform))
     return _quantize_seconds(request, platform) + _LAUNCH_SECONDS + _RAMP_SECONDS + max(read, multiply)
+
+
+def _matrix_share(request: Request, platform: Platform, form: Form) -> float:
+    n, k = request.shape[-2:]
+    return _GLUON_SHARE if hopper_config(form, n, k, request.tokens, platform.arch) is not None else _FUSED_SHARE
 
 
 def expand_seconds(request: Request, platform: Platform) -> float:

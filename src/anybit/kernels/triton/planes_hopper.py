@@ -67,11 +67,27 @@ def _factor(word, j: gl.constexpr, SKIND: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _pair(ss, zs, f: gl.constexpr, R: gl.constexpr, FOLD: gl.constexpr, SKIND: gl.constexpr, ZERO: gl.constexpr,
-          ZEROS: gl.constexpr, BN: gl.constexpr, DOT: gl.constexpr, D: gl.constexpr):
+def _scale_words(ss, P: gl.constexpr, FOLD: gl.constexpr, BN: gl.constexpr, DOT: gl.constexpr):
+    """The words of folded scales of 256 inputs, each [BN]: two, or four where groups are of 16."""
+    if FOLD:
+        first = ss.slice(0, BN).load(gl.SliceLayout(1, DOT))
+        second = ss.slice(BN, BN).load(gl.SliceLayout(1, DOT))
+        if P == 16:
+            third = ss.slice(2 * BN, BN).load(gl.SliceLayout(1, DOT))
+            fourth = ss.slice(3 * BN, BN).load(gl.SliceLayout(1, DOT))
+            return first, second, third, fourth
+        else:
+            return first, second, first, second
+    else:
+        return 0, 0, 0, 0
+
+
+@gluon.jit
+def _pair(s0, s1, s2, s3, zs, f: gl.constexpr, R: gl.constexpr, FOLD: gl.constexpr, SKIND: gl.constexpr,
+          ZERO: gl.constexpr, ZEROS: gl.constexpr, BN: gl.constexpr, DOT: gl.constexpr, D: gl.constexpr):
     """What field f meets on its way to D: folded scales, or minus zero points on the base of integers."""
     if FOLD:
-        return _factor(ss.slice(f // 4 * BN, BN).load(gl.SliceLayout(1, DOT)), f % 4, SKIND, D)
+        return _factor(s0 if f < 4 else s1 if f < 8 else s2 if f < 12 else s3, f % 4, SKIND, D)
     else:
         if ZEROS:
             zero = zs.slice(f // R * BN, BN).load(gl.SliceLayout(1, DOT)).to(gl.int32)
@@ -82,36 +98,35 @@ def _pair(ss, zs, f: gl.constexpr, R: gl.constexpr, FOLD: gl.constexpr, SKIND: g
 
 @gluon.jit
 def _copy(
-    x_from, x_offsets, w_from, w_offsets, s_from, z_from, x_to, w_to, s_to, z_to, b, last, h: gl.constexpr, counted,
-    x_columns, w_columns, wide, z_wide, K, NP, KP, z_stride, P: gl.constexpr, G: gl.constexpr, R: gl.constexpr,
-    XS: gl.constexpr, SCALING: gl.constexpr, ZEROS: gl.constexpr, BN: gl.constexpr, EVEN: gl.constexpr,
+    x_from, x_beside, w_from, w_beside, s_from, z_from, x_to, w_to, s_to, z_to, b, h: gl.constexpr, comes, counted,
+    x_columns, w_columns, wide, z_wide, K, NP, KP, z_stride, P: gl.constexpr, G: gl.constexpr, R: gl.constexpr, XS: gl.constexpr,
+    SCALING: gl.constexpr, ZEROS: gl.constexpr, BN: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """Step h of 256 inputs b on its way to shared memory: x, and with the first step the words and scales.
 
-    Masks instead of a branch: products may be running. What lies beyond K or `last` becomes zeros.
+    Masks instead of a branch: products may be running. What lies beyond K, or does not come, becomes zeros. What stands
+    `beside` an address is added last.
     """
     k = b * 256 + h * (256 // XS)
-    comes = b < last
     if EVEN:
-        _load_async(x_to, x_from + k + x_offsets, mask=counted & comes)
+        _load_async(x_to, x_from + k + x_beside, mask=counted & comes)
     else:
-        _load_async(x_to, x_from + k + x_offsets, mask=counted & ((k + x_columns < K) & comes)[None, :])
+        _load_async(x_to, x_from + k + x_beside, mask=counted & ((k + x_columns < K) & comes)[None, :])
     if h == 0:
         if EVEN:
-            _load_async(w_to, w_from + b * 32 + w_offsets, mask=(w_offsets >= 0) & comes)
+            _load_async(w_to, w_from + b * 32 + w_beside, mask=((w_columns >= 0) & comes)[None, :])
         else:
-            _load_async(w_to, w_from + b * 32 + w_offsets,
-                        mask=(w_offsets >= 0) & ((b * 32 + w_columns < KP // 8) & comes)[None, :])
+            _load_async(w_to, w_from + b * 32 + w_beside, mask=((b * 32 + w_columns < KP // 8) & comes)[None, :])
         if SCALING == 2:
             at = b * (64 // P) + wide // BN
-            _load_async(s_to, s_from + (at * NP + wide % BN), mask=(at < KP // (4 * P)) & comes)
+            _load_async(s_to, s_from + at * NP, mask=((at < KP // (4 * P)) if not EVEN else (wide >= 0)) & comes)
         elif SCALING == 1:
             g = k + wide // BN * (R * P)
-            _load_async(s_to, s_from + (g // G * NP + wide % BN), mask=(g < KP) & comes)
+            _load_async(s_to, s_from + g // G * NP, mask=((g < KP) if not EVEN else (wide >= 0)) & comes)
         if ZEROS:
             g = k + z_wide // BN * (R * P)
             zero_group = g // G if G > 0 else g * 0
-            _load_async(z_to, z_from + (zero_group * z_stride + z_wide % BN), mask=(g < KP) & comes)
+            _load_async(z_to, z_from + zero_group * z_stride, mask=((g < KP) if not EVEN else (z_wide >= 0)) & comes)
 
 
 @gluon.jit
@@ -193,25 +208,25 @@ def few_kernel(
     last = gl.minimum(first + per, gl.cdiv(KP, 256))
     x_rows = gl.arange(0, BM, gl.SliceLayout(1, X_COPY))
     x_columns = gl.arange(0, 256, gl.SliceLayout(0, X_COPY))
-    x_from = x_ptr + (pm * BM).to(gl.int64) * x_stride
-    x_offsets = x_rows[:, None] * x_stride + x_columns[None, :]
+    x_from = x_ptr + (pm * BM + x_rows).to(gl.int64)[:, None] * x_stride + x_columns[None, :]
     counted = (x_rows < M - pm * BM)[:, None] & (x_columns < 256)[None, :]
     w_columns = gl.arange(0, 32, gl.SliceLayout(0, W_COPY))
-    w_from = c0_ptr + (pn * BN).to(gl.int64) * (KP // 8)
-    w_offsets = gl.arange(0, BN, gl.SliceLayout(1, W_COPY))[:, None] * (KP // 8) + w_columns[None, :]
+    w_rows = pn * BN + gl.arange(0, BN, gl.SliceLayout(1, W_COPY))
+    w_from = c0_ptr + w_rows.to(gl.int64)[:, None] * (KP // 8) + w_columns[None, :]
     wide = gl.arange(0, SCALES * BN, S_COPY)  # scales, one run of rows after the other
     z_wide = gl.arange(0, SCALES * BN, Z_COPY)
-    s_from = s_ptr + pn * BN
-    z_from = z_ptr + pn * BN
+    s_from = s_ptr + pn * BN + wide % BN
+    z_from = z_ptr + pn * BN + z_wide % BN
     x_smem = gl.allocate_shared_memory(D, [STAGES, BM, 256], X_SHARED)
     w_smem = gl.allocate_shared_memory(gl.int32, [STAGES, BN, 32], W_SHARED)
     s_smem = gl.allocate_shared_memory(s_ptr.dtype.element_ty, [STAGES, SCALES * BN], S_SHARED)
     z_smem = gl.allocate_shared_memory(z_ptr.dtype.element_ty, [STAGES, SCALES * BN if ZEROS else 32], S_SHARED)
 
     for i in gl.static_range(STAGES - 1):
-        _copy(x_from, x_offsets, w_from, w_offsets, s_from, z_from, x_smem.index(i), w_smem.index(i), s_smem.index(i),
-              z_smem.index(i), first + i, last, 0, counted, x_columns, w_columns, wide, z_wide, K, NP, KP, z_stride, P,
-              G, R, 1, SCALING, ZEROS, BN, EVEN)
+        if first + i < last:
+            _copy(x_from, 0, w_from, 0, s_from, z_from, x_smem.index(i), w_smem.index(i), s_smem.index(i), z_smem.index(i),
+                  first + i, 0, True, counted, x_columns, w_columns, wide, z_wide, K, NP, KP, z_stride, P, G, R, 1,
+                  SCALING, ZEROS, BN, EVEN)
         async_copy.commit_group()
     acc = gl.zeros([BN, BM], gl.float32, MMA)
     part = acc
@@ -221,18 +236,20 @@ def few_kernel(
         fence_async_shared()
         if b + STAGES - 1 < last:
             into = (slot + STAGES - 1) % STAGES
-            _copy(x_from, x_offsets, w_from, w_offsets, s_from, z_from, x_smem.index(into), w_smem.index(into),
-                  s_smem.index(into), z_smem.index(into), b + STAGES - 1, last, 0, counted, x_columns, w_columns, wide,
-                  z_wide, K, NP, KP, z_stride, P, G, R, 1, SCALING, ZEROS, BN, EVEN)
+            _copy(x_from, 0, w_from, 0, s_from, z_from, x_smem.index(into), w_smem.index(into), s_smem.index(into),
+                  z_smem.index(into), b + STAGES - 1, 0, True, counted, x_columns, w_columns, wide, z_wide, K, NP, KP,
+                  z_stride, P, G, R, 1, SCALING, ZEROS, BN, EVEN)
         async_copy.commit_group()
         xs = x_smem.index(slot)
         ws = w_smem.index(slot)
         ss = s_smem.index(slot)
         zs = z_smem.index(slot)
+        s0, s1, s2, s3 = _scale_words(ss, P, FOLD, BN, DOT)
         for f in gl.static_range(F):
             if f % 8 == 0:
                 words = ws.slice(f // 8 * P, P, dim=1).load(DOT)
-            a = _decoded(words, _pair(ss, zs, f, R, FOLD, SKIND, ZERO, ZEROS, BN, DOT, D), f % 8, FOLD, D)
+            pair = _pair(s0, s1, s2, s3, zs, f, R, FOLD, SKIND, ZERO, ZEROS, BN, DOT, D)
+            a = _decoded(words, pair, f % 8, FOLD, D)
             xf = xs.slice(f * P, P, dim=1).permute((1, 0))
             if SCALING == 1:
                 run = warpgroup_mma(a, xf, part, use_acc=f % R > 0, is_async=True)
@@ -296,8 +313,8 @@ def many_kernel(
     w_offsets = gl.arange(0, BN, gl.SliceLayout(1, W_COPY))[:, None] * (KP // 8) + w_columns[None, :]
     wide = gl.arange(0, SCALES * BN, S_COPY)
     z_wide = gl.arange(0, SCALES * BN, Z_COPY)
-    s_from = s_ptr + pn * BN
-    z_from = z_ptr + pn * BN
+    s_from = s_ptr + pn * BN + wide % BN
+    z_from = z_ptr + pn * BN + z_wide % BN
     x_smem = gl.allocate_shared_memory(D, [STAGES, BM, 256 // XS], X_SHARED)
     w_smem = gl.allocate_shared_memory(gl.int32, [WS, BN, 32], W_SHARED)
     s_smem = gl.allocate_shared_memory(s_ptr.dtype.element_ty, [WS, SCALES * BN], S_SHARED)
@@ -305,8 +322,8 @@ def many_kernel(
 
     for i in gl.static_range(STAGES - 1):
         _copy(x_from, x_offsets, w_from, w_offsets, s_from, z_from, x_smem.index(i), w_smem.index(i // XS),
-              s_smem.index(i // XS), z_smem.index(i // XS), first + i // XS, last, i % XS, counted, x_columns,
-              w_columns, wide, z_wide, K, NP, KP, z_stride, P, G, R, XS, SCALING, ZEROS, BN, EVEN)
+              s_smem.index(i // XS), z_smem.index(i // XS), first + i // XS, i % XS, first + i // XS < last, counted,
+              x_columns, w_columns, wide, z_wide, K, NP, KP, z_stride, P, G, R, XS, SCALING, ZEROS, BN, EVEN)
         async_copy.commit_group()
     acc = gl.zeros([BN, BM], gl.float32, MMA)
     part = acc
@@ -319,7 +336,9 @@ def many_kernel(
     ss = s_smem.index(0)
     zs = z_smem.index(0)
     words = ws.slice(0, P, dim=1).load(DOT)
-    a = _decoded(words, _pair(ss, zs, 0, R, FOLD, SKIND, ZERO, ZEROS, BN, DOT, D), 0, FOLD, D)
+    s0, s1, s2, s3 = _scale_words(ss, P, FOLD, BN, DOT)
+    pair = _pair(s0, s1, s2, s3, zs, 0, R, FOLD, SKIND, ZERO, ZEROS, BN, DOT, D)
+    a = _decoded(words, pair, 0, FOLD, D)
     for b in range(first, last):
         for f in gl.static_range(F):
             # field f multiplies
@@ -335,10 +354,11 @@ def many_kernel(
                 async_copy.wait_group(STAGES - 3)
                 fence_async_shared()
                 into = (word_slot + (f // FS + STAGES - 1) // XS) % WS
-                _copy(x_from, x_offsets, w_from, w_offsets, s_from, z_from, x_smem.index((slot + STAGES - 1) % STAGES),
-                      w_smem.index(into), s_smem.index(into), z_smem.index(into), b + (f // FS + STAGES - 1) // XS,
-                      last, (f // FS + STAGES - 1) % XS, counted, x_columns, w_columns, wide, z_wide, K, NP, KP,
-                      z_stride, P, G, R, XS, SCALING, ZEROS, BN, EVEN)
+                c = b + (f // FS + STAGES - 1) // XS
+                _copy(x_from, x_offsets, w_from, w_offsets, s_from, z_from,
+                      x_smem.index((slot + STAGES - 1) % STAGES), w_smem.index(into), s_smem.index(into),
+                      z_smem.index(into), c, (f // FS + STAGES - 1) % XS, c < last, counted, x_columns, w_columns, wide,
+                      z_wide, K, NP, KP, z_stride, P, G, R, XS, SCALING, ZEROS, BN, EVEN)
                 async_copy.commit_group()
                 slot = (slot + 1) % STAGES
                 xs = x_smem.index(slot)
@@ -347,9 +367,10 @@ def many_kernel(
                     ws = w_smem.index(word_slot)
                     ss = s_smem.index(word_slot)
                     zs = z_smem.index(word_slot)
+                    s0, s1, s2, s3 = _scale_words(ss, P, FOLD, BN, DOT)
             if f % 8 == 7:
                 words = ws.slice((f + 1) % F // 8 * P, P, dim=1).load(DOT)
-            pair = _pair(ss, zs, (f + 1) % F, R, FOLD, SKIND, ZERO, ZEROS, BN, DOT, D)
+            pair = _pair(s0, s1, s2, s3, zs, (f + 1) % F, R, FOLD, SKIND, ZERO, ZEROS, BN, DOT, D)
             a = _decoded(words, pair, (f + 1) % 8, FOLD, D)
             # nothing runs beyond a step: the compiler would wait for every product
             if SCALING == 1:
