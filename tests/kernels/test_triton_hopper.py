@@ -1,16 +1,21 @@
-"""The kernels in Gluon of "triton-planes": which products they take and how they are launched.
+"""The kernels in Gluon of "triton-planes": which products they take, how they are launched, and on a GPU what they give.
 
-What they compute is tested with the family (test_triton_planes.py), whose products on sm_90 they are.
+The family's own tests (test_triton_planes.py) run them too where the GPU is sm_90: NaN, graphs, the same bits again.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from anybit.kernels.linear.triton_planes import _SAMPLES, FUSED, MATVEC
+from anybit.kernels.trials import compare, sample_weight
 from anybit.kernels.triton import planes_hopper_launch as launch
 from anybit.kernels.triton.planes_form import ROWS, form_of
 from anybit.kernels.triton.planes_launch import SCRATCH_BYTES, scratch_rows
+from anybit.kernels.triton.planes_prepare import pack
 from anybit.platforms.archs import ARCHS
 from anybit.schemes import CHANNEL, Offset, ScaleLevel, Scheme, group
 
@@ -93,3 +98,68 @@ def test_pieces_of_an_expanded_weight_are_alike_and_within_the_scratch(rows: int
     assert 2 * at_a_time * columns <= SCRATCH_BYTES + 2 * 256 * columns
     assert pieces == max(1, -(-2 * rows * columns // SCRATCH_BYTES))
     assert pieces == 1 or rows - (pieces - 1) * at_a_time > at_a_time // 2
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def on_hopper(test):  # type: ignore[no-untyped-def]
+    is_one = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return pytest.mark.gpu(pytest.mark.skipif(not is_one, reason="no GPU of sm_90")(test))
+
+
+def stored_on_gpu(weight, dtype: torch.dtype = torch.bfloat16):  # type: ignore[no-untyped-def]
+    from anybit.kernels.triton.planes import StoredPlanes
+
+    return StoredPlanes(pack(weight, dtype), None)
+
+
+@on_hopper
+@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_products_of_every_m_are_within_the_bound(name: str, dtype: torch.dtype) -> None:
+    """Rows that fill tiles and rows that do not; K of whole times 256 inputs and not; parts of K and none."""
+    for n, k in ((200, 640), (384, 1152), (320, 4096)):
+        weight = sample_weight(TAKEN[name], (n, k), device="cuda", seed=n)
+        stored = stored_on_gpu(weight, dtype)
+        for m in (1, 7, 8, 9, 16, 17, 32, 33, 63, 64, 65, 128, 129, 257, 300):
+            x = torch.randn(m, k, device="cuda", dtype=dtype)
+            found = compare(weight, lambda x, stored=stored: stored.linear(x, "small", None, x.dtype), x)
+            assert found.ok, f"{name} M={m} N={n} K={k}: {found.fault}"
+
+
+@on_hopper
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_zero_blocks_and_scales_far_apart_are_exact(name: str) -> None:
+    weight = sample_weight(TAKEN[name], (256, 1024), device="cuda")
+    scale = weight.scales[0].clone()
+    low, high = (127 - 60, 127 + 59) if name == "mxfp4" else (0x08, 0x7E)  # the largest and small ones of e4m3
+    scale[::3] = low
+    scale[1::3] = high
+    codes = weight.codes.clone()
+    codes[5:60] = 0
+    weight = replace(weight, stored_codes=codes, scales=(scale, *weight.scales[1:]))
+    stored = stored_on_gpu(weight)
+    for m in (1, 40, 200, 300):
+        x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
+        found = compare(weight, lambda x: stored.linear(x, "small", None, x.dtype), x)
+        assert found.ok, f"{name} M={m}: {found.fault}"
+
+
+@on_hopper
+@pytest.mark.parametrize("m", [3, 40, 150])
+def test_where_rows_of_x_begin_does_not_matter(m: int) -> None:
+    stored = stored_on_gpu(sample_weight(TAKEN["int4 g128"], (256, 512), device="cuda"))
+    held = torch.randn(m * 520 + 1, device="cuda", dtype=torch.bfloat16)
+    for x in (held[1:].view(m, 520)[:, :512], held[:-1].view(m, 520)[:, :512], held[1 : 1 + m * 512].view(m, 512)):
+        wanted = stored.linear(x.clone(), "small", None, torch.bfloat16)
+        assert torch.equal(stored.linear(x, "small", None, torch.bfloat16), wanted)
+
+
+@on_hopper
+def test_every_row_is_computed_as_it_would_be_in_a_full_tile() -> None:
+    stored = stored_on_gpu(sample_weight(TAKEN["nvfp4"], (384, 1024), device="cuda"))
+    x = torch.randn(300, 1024, device="cuda", dtype=torch.bfloat16)
+    whole = stored.linear(x, "prefill", None, torch.bfloat16)
+    for m in (260, 290):  # the same launch, other rows beyond the last
+        assert torch.equal(stored.linear(x[:m], "prefill", None, torch.bfloat16), whole[:m])

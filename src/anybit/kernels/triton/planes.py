@@ -164,7 +164,9 @@ class StoredPlanes(Opaque):
         """x [M, K] in any float dtype times W^T (+ bias): [M, N] in `out_dtype`, float32 sums, one rounding."""
         if torch.compiler.is_compiling():
             return self._as_operator(x, regime, bias, self.shape[0], out_dtype)
-        if x.stride(1) != 1 or x.data_ptr() & 15:  # kernels are compiled for addresses that 16 bytes divide
+        # kernels are compiled for rows that begin at multiples of 16 bytes; K alone may forbid it, strides may not
+        apart, columns = x.stride(0), self.shape[1]
+        if x.stride(1) != 1 or x.data_ptr() & 15 or (apart & 15 and apart != columns):
             x = x.clone(memory_format=torch.contiguous_format)
         key = (x.shape, x.stride(), x.dtype, out_dtype, None if bias is None else bias.dtype)
         call = self._calls.get(key)
@@ -249,13 +251,11 @@ class StoredPlanes(Opaque):
         (tokens, columns), rows, form = x.shape, self.shape[0], self._packed.form
         device, arch = x.device, arch_of(x.device)
         planned = _PINNED_TOKENS if self._is_pinned else tokens
-        if quantize is not None or tokens == 1 or x.stride(0) % 16 == 0:
-            hopper = hopper_config(form, rows, columns, planned, arch)
-            if hopper is not None:
-                from anybit.kernels.triton.planes_hopper_run import hopper_call
+        hopper = hopper_config(form, rows, columns, planned, arch)
+        if hopper is not None:
+            from anybit.kernels.triton.planes_hopper_run import hopper_call
 
-                return hopper_call(hopper, form, rows, self._parts, self._captured, x, factors, bias, out_dtype,
-                                   quantize)
+            return hopper_call(hopper, form, rows, self._parts, self._captured, x, factors, bias, out_dtype, quantize)
         config = configure(form, rows, columns, planned, arch)
         row = self._parts[8]  # stands in for what a specialization does not read
         padded_rows, padded = row.shape[0], form.padded(columns)

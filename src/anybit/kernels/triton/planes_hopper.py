@@ -99,8 +99,8 @@ def _pair(s0, s1, s2, s3, zs, f: gl.constexpr, R: gl.constexpr, FOLD: gl.constex
 @gluon.jit
 def _copy(
     x_from, x_beside, w_from, w_beside, s_from, z_from, x_to, w_to, s_to, z_to, b, h: gl.constexpr, comes, counted,
-    x_columns, w_columns, wide, z_wide, K, NP, KP, z_stride, P: gl.constexpr, G: gl.constexpr, R: gl.constexpr, XS: gl.constexpr,
-    SCALING: gl.constexpr, ZEROS: gl.constexpr, BN: gl.constexpr, EVEN: gl.constexpr,
+    x_columns, w_columns, wide, z_wide, K, NP, KP, z_stride, P: gl.constexpr, G: gl.constexpr, R: gl.constexpr,
+    XS: gl.constexpr, SCALING: gl.constexpr, ZEROS: gl.constexpr, BN: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """Step h of 256 inputs b on its way to shared memory: x, and with the first step the words and scales.
 
@@ -224,8 +224,8 @@ def few_kernel(
 
     for i in gl.static_range(STAGES - 1):
         if first + i < last:
-            _copy(x_from, 0, w_from, 0, s_from, z_from, x_smem.index(i), w_smem.index(i), s_smem.index(i), z_smem.index(i),
-                  first + i, 0, True, counted, x_columns, w_columns, wide, z_wide, K, NP, KP, z_stride, P, G, R, 1,
+            _copy(x_from, 0, w_from, 0, s_from, z_from, x_smem.index(i), w_smem.index(i), s_smem.index(i),
+                  z_smem.index(i), first + i, 0, True, counted, x_columns, w_columns, wide, z_wide, K, NP, KP, z_stride, P, G, R, 1,
                   SCALING, ZEROS, BN, EVEN)
         async_copy.commit_group()
     acc = gl.zeros([BN, BM], gl.float32, MMA)
