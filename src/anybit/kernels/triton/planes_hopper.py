@@ -225,8 +225,8 @@ def few_kernel(
     for i in gl.static_range(STAGES - 1):
         if first + i < last:
             _copy(x_from, 0, w_from, 0, s_from, z_from, x_smem.index(i), w_smem.index(i), s_smem.index(i),
-                  z_smem.index(i), first + i, 0, True, counted, x_columns, w_columns, wide, z_wide, K, NP, KP, z_stride, P, G, R, 1,
-                  SCALING, ZEROS, BN, EVEN)
+                  z_smem.index(i), first + i, 0, True, counted, x_columns, w_columns, wide, z_wide, K, NP, KP, z_stride,
+                  P, G, R, 1, SCALING, ZEROS, BN, EVEN)
         async_copy.commit_group()
     acc = gl.zeros([BN, BM], gl.float32, MMA)
     part = acc
