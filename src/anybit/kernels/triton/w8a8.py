@@ -83,6 +83,63 @@ class StoredRows8(Opaque):
         self._dtypes = {name: t.dtype for name, t in self._parts().items()}
         self._adopt()
 
+    # --- what a stack of such weights is made of (experts_rows8.py) ---
+
+    @property
+    def product(self) -> Product8:
+        """What is multiplied."""
+        return self._product
+
+    @property
+    def kernels(self) -> Kernels:
+        """The plan's choice."""
+        return self._kernels
+
+    @property
+    def codes(self) -> Tensor:
+        """[N, K padded], one a byte."""
+        return self._codes
+
+    @property
+    def factor(self) -> Tensor:
+        """float32 [N], or one a block."""
+        return self._factor
+
+    @property
+    def sums(self) -> Tensor | None:
+        """Of each row's codes, where x has zero points."""
+        return self._sums
+
+    @property
+    def zeros(self) -> Tensor | None:
+        """Zero points of rows, int32 [N]."""
+        return self._zeros
+
+    @property
+    def static(self) -> Mapping[str, Tensor]:
+        """Static numbers of the quantization of x."""
+        return self._static
+
+    @property
+    def is_pinned(self) -> bool:
+        """True where a row's result must not depend on the other rows."""
+        return self._pinned
+
+    @property
+    def arch(self) -> str:
+        """Where it runs."""
+        return _arch_or_generic(self._codes.device)
+
+    def operands(self, *, exact: bool = False) -> Operands:
+        """What the matrix unit is given here."""
+        given = operands(self._product, self.arch, exact=exact)
+        assert given is not None
+        return given
+
+    def view(self, given: Operands) -> torch.dtype:
+        """The dtype that the kernel takes codes of W in."""
+        return torch.uint8 if given.kind == "float16" else _VIEW[given.kind]
+
     def _parts(self) -> dict[str, Tensor]:
         parts = {"codes": self._codes, "factor": self._factor}
         parts |= {f"scale_{i}": t for i, t in enumerate(self._weight.scales)}
@@ -151,7 +208,7 @@ class StoredRows8(Opaque):
             return partial(self._by_torch, kernel=kernel, given=given, out_dtype=out_dtype)
         return self._by_us(x, kernel, given, bias, out_dtype)
 
-    def _quantizer(self, given: Operands) -> Quantizer:
+    def quantizer(self, given: Operands) -> Quantizer:
         """What makes the operand of a kind of x."""
         found = self._quantizers.get(given.kind)
         if found is None:
@@ -167,7 +224,7 @@ class StoredRows8(Opaque):
         from anybit.kernels.linear import torch_low_precision_run as provider
 
         out = torch.empty((x.shape[0], self.shape[0]), dtype=out_dtype, device=x.device)
-        xq = self._quantizer(given)(x)
+        xq = self.quantizer(given)(x)
         return provider.PRODUCTS[kernel](xq, self._codes, self._factor, self._sums, self._zeros, bias, out, given)
 
     def _by_us(self, x: Tensor, kernel: str, given: Operands, bias: Tensor | None, out_dtype: torch.dtype) -> Call:
@@ -177,7 +234,7 @@ class StoredRows8(Opaque):
         config = configure(n, k, None if self._pinned else m, arch, product, given)
         # a few rows: the product is launched while they are quantized
         leads = kernel in (FP8.name, INT8.name) and m <= _LEADING_ROWS and arch == "sm_90"
-        quantize = self._quantizer(given).plan(x, leads=leads)
+        quantize = self.quantizer(given).plan(x, leads=leads)
         pieces, size = quantize.pieces, quantize.scratch_bytes
         is_split = config.split > 1
         fused = is_split and ARCHS[arch].vendor == "nvidia"
@@ -214,7 +271,7 @@ class StoredRows8(Opaque):
     def _operands(self, x: Piece, m: int, config: Config, given: Operands) -> tuple[Argument, Argument]:
         """Codes of x and of W as the kernel takes them."""
         k = self._codes.shape[1]
-        view = torch.uint8 if given.kind == "float16" else _VIEW[given.kind]
+        view = self.view(given)
         x = x if given.kind == "float16" else Piece(x.offset, view)
         if not config.tma:
             return x, self._codes.view(view)
