@@ -6,6 +6,7 @@ import gc
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 
@@ -182,6 +183,32 @@ def test_a_call_keeps_nothing_that_it_allocated(device: SimpleNamespace) -> None
         del out, given
         gc.collect()
         assert [ref() for ref in seen] == [None] * len(seen)
+
+
+def test_a_call_goes_to_the_device_of_its_tensors(device: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    current, asked = [1], []
+
+    @contextmanager
+    def on_device(wanted: torch.device) -> Iterator[None]:
+        asked.append(wanted)
+        before, current[0] = current[0], wanted.index
+        yield
+        current[0] = before
+
+    def stream(index: int) -> int:
+        assert current[0] == index
+        return 7
+
+    monkeypatch.setattr(launching, "_current_device", lambda: current[0])
+    monkeypatch.setattr(launching, "on_device", on_device)
+    monkeypatch.setattr(launching, "_current_stream", stream)
+    kernel, own = Kernel("x", "out", "M"), torch.device("cpu", 0)
+    call = Call((3, 16), torch.bfloat16, own, 3, 0, None, Launch(kernel, [torch.float32, torch.bfloat16, int], {}, own),
+                (1, 1))
+    for times, first in ((1, 1), (2, 1), (2, 0)):
+        current[0] = first
+        call(torch.zeros(3, 48), None)
+        assert asked == [own] * times and current[0] == first
 
 
 def counted(device: SimpleNamespace, kept: list[torch.Tensor], count: int = 100) -> torch.Tensor:
