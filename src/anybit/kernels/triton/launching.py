@@ -283,8 +283,9 @@ class Call:
             with on_device(device):
                 return self(x, bias, factors)
         stream = stream_of(index)
-        out = torch.empty(self.shape, dtype=self.dtype, device=device)
-        scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=device) if self.scratch_bytes else None
+        # new_empty: a microsecond less than empty
+        out = x.new_empty(self.shape, dtype=self.dtype)
+        scratch = x.new_empty(self.scratch_bytes, dtype=torch.uint8) if self.scratch_bytes else None
         tensors = (out,) if bias is None else (bias, out)
         x_programs, y_programs = self.grid
         if self.quantize is not None:
