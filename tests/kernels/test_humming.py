@@ -77,6 +77,12 @@ ACTIVE = {
 }
 
 
+CODED = {  # activations are multiplied as codes
+    f"int4 g{size} fp8": replace(grouped("int4", size), activation=ActivationSpec(E4M3, True, "token", "fp8_token"))
+    for size in (32, 64, 128)
+}
+
+
 def h200(*providers: str) -> Platform:
     return replace(named("h200"), providers=frozenset({"torch", "triton", *providers}))
 
@@ -93,7 +99,7 @@ def codes_against(scheme: Scheme, platform: Platform | None = None, **facts: obj
 # --- what is planned --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES.values(), *ACTIVE.values()], ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES.values(), *ACTIVE.values(), *CODED.values()], ids=str)
 def test_schemes_in_its_words_are_taken(scheme: Scheme) -> None:
     assert not codes_against(scheme)
 
@@ -133,6 +139,7 @@ def test_other_chips_are_refused_with_every_reason(platform: str, codes: set[str
     (Scheme(E4M3, (ScaleLevel(F32, (64, 128)),)), "blocks (64, 128)"),
     (replace(SCHEMES["mxfp4"], activation=fp4_groups("nvfp4")), "weights without one"),
     (replace(SCHEMES["fp8 channel"], activation=ActivationSpec(E4M3, True, "token", "fp8_token")), "8 bit block"),
+    (replace(with_zeros("uint4"), activation=ActivationSpec(E4M3, True, "token", "fp8_token")), "8 bit block"),
 ])
 def test_what_it_has_no_words_for_is_refused_with_the_reason(scheme: Scheme, words: str) -> None:
     reasons = settings_of(scheme)
@@ -158,11 +165,35 @@ def test_shapes_and_dtypes_that_its_tiles_do_not_hold_are_refused() -> None:
     (grouped("int4"), BF16, "weights, partial sums and their sums to bfloat16"),
     (grouped("int4", format=F16), BF16, "scales, weights, partial sums and their sums to bfloat16"),
     (SCHEMES["fp8 channel"], BF16, "row scales, partial sums, their products and sums of these to bfloat16"),
+    (CODED["int4 g128 fp8"], BF16,
+     "sums of a group in the matrix unit's own adder (about 13 bits), partial sums and their sums to bfloat16"),
     (ACTIVE["nvfp4 w4a4"], BF16, "partial sums and their sums to bfloat16"),
     (ACTIVE["nvfp4 w4a4 by token"], BF16, "partial sums, their sums and sums before the factor of a row to bfloat16"),
 ])
 def test_it_says_what_it_rounds(scheme: Scheme, dtype: str, words: str) -> None:
     assert humming.rounds(request(scheme, dtype=dtype), h200("humming")) == words
+
+
+def test_codes_are_multiplied_where_the_chip_has_their_instructions() -> None:
+    a100 = replace(named("a100"), providers=frozenset({"torch", "humming"}))
+    assert codes_against(CODED["int4 g128 fp8"], a100) == {"arch"}
+    assert not codes_against(grouped("int4"), a100)
+
+
+@pytest.mark.parametrize("scheme", CODED.values(), ids=CODED.keys())
+def test_codes_beside_codes_are_stored_as_the_weight_and_given_with_their_scales(
+    seen: package.Seen, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = weight_of(scheme)
+    stored = prepared(weight)
+    assert torch.equal(stored.dequantize(), weight.dequantize())
+    assert all(asked["a"].dtype == torch.float8_e4m3fn and asked["as_"].shape == (1, 1) for asked in seen.launches)
+    seen.launches.clear()
+    codes, scale = torch.randint(0, 120, (3, 512), dtype=torch.uint8), torch.rand(3)
+    monkeypatch.setattr(stored, "_quantizer", lambda x: SimpleNamespace(codes=codes, scale=scale))
+    stored.linear(torch.randn(3, 512).bfloat16(), "decode", None, torch.bfloat16)
+    (asked,) = seen.launches
+    assert torch.equal(asked["a"].view(torch.uint8), codes) and torch.equal(asked["as_"], scale[:, None])
 
 
 def test_only_what_varies_by_row_is_left_to_an_epilogue() -> None:
@@ -359,7 +390,7 @@ HALVES = ("int4 g128", "uint4 zp g128", "nvfp4", "mxfp4", "fp8 block")
 
 @gpu
 @needs_both
-@pytest.mark.parametrize("scheme", [*SCHEMES.values(), *ACTIVE.values()], ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES.values(), *ACTIVE.values(), *CODED.values()], ids=str)
 def test_results_are_within_the_bound_for_every_range_of_m(scheme: Scheme) -> None:
     weight, stored = on_gpu(scheme)
     assert torch.allclose(stored.dequantize(), reference(weight, torch.bfloat16), rtol=2**-22, atol=0)
