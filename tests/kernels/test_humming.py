@@ -203,7 +203,7 @@ def test_only_what_varies_by_row_is_left_to_an_epilogue() -> None:
 
 def test_another_version_of_the_package_or_another_package_of_its_name_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[]))
-    for version, known in (("0.1.19", True), ("0.2.0", False), (None, False)):
+    for version, known in (("0.1.19", True), ("0.1.20rc1", True), ("0.1.9", False), ("0.2.0", False), (None, False)):
         monkeypatch.setattr(importlib.metadata, "version", version_of(version))
         assert ("humming" in detection._providers()) is known
 
