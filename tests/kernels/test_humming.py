@@ -138,8 +138,8 @@ def test_other_chips_are_refused_with_every_reason(platform: str, codes: set[str
     (Scheme("int4", (ScaleLevel(BF16, group(128)), ScaleLevel(F32, CHANNEL))), "second level"),
     (Scheme(E4M3, (ScaleLevel(F32, (64, 128)),)), "blocks (64, 128)"),
     (replace(SCHEMES["mxfp4"], activation=fp4_groups("nvfp4")), "weights without one"),
-    (replace(SCHEMES["fp8 channel"], activation=ActivationSpec(E4M3, True, "token", "fp8_token")), "8 bit block"),
-    (replace(with_zeros("uint4"), activation=ActivationSpec(E4M3, True, "token", "fp8_token")), "8 bit block"),
+    (replace(SCHEMES["fp8 channel"], activation=ActivationSpec(E4M3, True, "token", "fp8_token")), "kernels of 8 bits"),
+    (replace(with_zeros("uint4"), activation=ActivationSpec(E4M3, True, "token", "fp8_token")), "kernels of 8 bits"),
 ])
 def test_what_it_has_no_words_for_is_refused_with_the_reason(scheme: Scheme, words: str) -> None:
     reasons = settings_of(scheme)
@@ -155,7 +155,8 @@ def test_shapes_and_dtypes_that_its_tiles_do_not_hold_are_refused() -> None:
     assert codes_against(ACTIVE["nvfp4 w4a4"], dtype=F16) == {"dtype"}
     assert codes_against(SCHEMES["int8 channel"], dtype=F16) == {"dtype"}
     assert not codes_against(nvfp4(), dtype=F16)
-    assert codes_against(nvfp4(), kind="embedding") == {"kind"}
+    assert codes_against(nvfp4(), kind="embedding") == codes_against(nvfp4(), kind="experts", shape=(8, 1024, 512)) == {
+        "kind"}
 
 
 @pytest.mark.parametrize(("scheme", "dtype", "words"), [

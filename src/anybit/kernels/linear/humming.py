@@ -48,6 +48,10 @@ _GROUPS: Final = (16, 32, 64, 128, 256)
 _CODES: Final = "float8e4m3"  # of activations that are multiplied as codes
 _CODES_ARCHS: Final = tuple(arch for arch in ARCHS if arch not in ("sm_80", "sm_86"))  # with fp8 matrix instructions
 _GROUPS_BESIDE_CODES: Final = (32, 64, 128)
+_KINDS: Final[Mapping[str, str]] = {
+    "embedding": "a lookup multiplies nothing",
+    "experts": "experts would run one by one; another layout has all of a layer in one launch",
+}
 _ZERO_POINT_BITS: Final = 6  # wider codes less a zero point leave bfloat16
 
 
@@ -177,7 +181,7 @@ def _activation_reasons(scheme: Scheme, spec: ActivationSpec | None) -> Iterator
     if cannot is not None:
         yield cannot
     elif not ARITHMETIC[spec.recipe].scale_codes:
-        yield f"activations without 8 bit block scales ({spec}) beside codes of {scheme.element}"
+        yield f"codes of {scheme.element} beside activations {spec}: kernels of 8 bits multiply them, or ours do"
     elif input_factor(spec) == "matrix" and not _is_factor(scheme.scales[-1]):
         yield f"activations with a factor ({spec}), and weights without one"
 
@@ -207,7 +211,7 @@ def can_implement(request: Request, platform: Platform) -> Verdict:
     quantizes = request.scheme.activation is not None and not codes
     return gather(
         *_chip_reasons(platform, _CODES_ARCHS if codes else ARCHS),
-        Reason("kind", "a lookup multiplies nothing", {"kind": request.kind}) if request.kind == "embedding" else None,
+        Reason("kind", _KINDS[request.kind], {"kind": request.kind}) if request.kind in _KINDS else None,
         *(Reason("scheme", text, {"scheme": str(request.scheme)}) for text in reasons),
         Reason("shape", f"N is a multiple of {ROWS} and K of {step}, this is {n} x {k}",
                {"wanted": [ROWS, step], "found": [n, k]}) if n % ROWS or k % step or not n * k else None,

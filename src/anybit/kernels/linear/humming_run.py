@@ -42,7 +42,7 @@ class StoredHumming(Opaque):
         self._spec = weight.scheme.activation
         self.quantizes_input = self._spec is not None
         self._scheme, self._settings, self._dtype = weight.scheme.weight_only(), settings, dtype
-        self._kernels, self._library, self._factor = kernels, library(), factor
+        self._kernels, self._factor = kernels, factor
         self._takes_codes = bool(settings.codes)
         self._scales_rows = input_factor(self._spec) == "rows"
         self._activation = dict(weight.activation) if self._spec is not None else {}
@@ -98,7 +98,7 @@ class StoredHumming(Opaque):
                 factors = found.factor
         x = x.to(torch.float8_e4m3fn if self._takes_codes else self._dtype).contiguous()
         x = x if x.data_ptr() % _ALIGNED == 0 else x.clone()
-        self._library.launch(self._kernels.table, x, scale, self._parts, out)
+        library().launch(self._kernels.table, x, scale, self._parts, out)
         return factors
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -107,7 +107,7 @@ class StoredHumming(Opaque):
 
     def dequantize(self) -> Tensor:
         """The float32 weight [N, K], of codes and scales as the kernels read them."""
-        made, config, held, scheme = self._library, self._kernels.config, self._tensors, self._scheme
+        made, config, held, scheme = library(), self._kernels.config, self._tensors, self._scheme
         n, k = self.shape
         codes = codes_of(made, config, held["weight"], self._settings, (n, k), self._dtype)
         scale = scales_of(made, config, held["weight_scale"], self._settings, self._dtype).float()
@@ -124,7 +124,7 @@ class StoredHumming(Opaque):
     def _zeros(self) -> Tensor | float:
         if self._scheme.offset is None:
             return float(self._settings.shift)
-        zeros = zeros_of(self._library, self._tensors["zero_point"], self._settings, self.shape[0]).float()
+        zeros = zeros_of(library(), self._tensors["zero_point"], self._settings, self.shape[0]).float()
         return spread(zeros, self._scheme.offset.block, self.shape, "grid", None)
 
 
