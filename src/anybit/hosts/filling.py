@@ -95,7 +95,7 @@ def _assign_layer(found: Assignment, layer: Layer, plan: Plan, only_quantized: b
     direct = naming.parameter(layer.name)  # stacked experts carry the name of the parameter itself
     unit = plan.unit_of(layer.name)
     # the host's own product is torch's, for every M and without a promise about batches
-    is_hosts = set(unit.choice.names.values()) == {"torch-dense"} and not plan.policy.batch_invariant
+    is_hosts = unit.choice.names.used == {"torch-dense"} and not plan.policy.batch_invariant
     is_ours = unit.scheme.is_quantized or not (is_hosts or only_quantized)
     if direct and not unit.scheme.is_quantized:
         found.tensors[direct] = layer.name

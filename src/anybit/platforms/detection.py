@@ -1,6 +1,7 @@
 """The machine at hand as a Platform, without torch: files of the system and vendors' own small tools.
 
-Nothing here takes more than two seconds: a tool that hangs is given up and the machine counts as having no such GPU.
+Where there is no GPU nothing here takes more than two seconds. Where its driver is loaded, a slow tool is waited for:
+on a busy server nvidia-smi takes seconds, and a GPU that is not seen would be replaced by the CPU silently.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from anybit.platforms.table import OF_ARCH, PLATFORMS
 from anybit.platforms.table import features as features_of
 
 _TIMEOUT: Final = 2.0
+_PATIENCE: Final = 30.0  # where the device files of the driver are there
+_NVIDIA_FILES: Final = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))
 _KFD: Final = Path("/sys/class/kfd/kfd/topology/nodes")
 # what a kernel may ask for, as Linux spells it in /proc/cpuinfo
 _CPU_FLAGS: Final = frozenset(
@@ -138,8 +141,9 @@ def _nvidia(index: int) -> Platform | None:
     if tool is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return None
     query = [tool, "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    timeout = _PATIENCE if any(path.exists() for path in _NVIDIA_FILES) else _TIMEOUT
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=_TIMEOUT, check=True)  # noqa: S603
+        done = subprocess.run(query, capture_output=True, text=True, timeout=timeout, check=True)  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return None
     rows = [line.split(", ") for line in done.stdout.strip().splitlines()]

@@ -7,21 +7,21 @@ activations that were dequantized to float32 lose nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
 from anybit.kernels.catalogue import Stored
 from anybit.kernels.linear.tiled_torch import Tiled, as_bits
-from anybit.kernels.request import Regime
+from anybit.kernels.request import Kernels, Regime
 from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Launch, Piece, Zeros, launch, remember
-from anybit.kernels.triton.opaque import Opaque
+from anybit.kernels.triton.opaque import Launched, Run
 from anybit.kernels.triton.planes_launch import configure, constants, expansion, half_factor, overlaps, terms_of
 from anybit.kernels.triton.planes_prepare import Packed, pack, unpacked
 from anybit.kernels.triton.recipes import can_fake_quantize
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["StoredPlanes", "TritonPlanes"]
 
-EXPANDED_TOKENS: Final = 192  # fewer are faster decoded in registers
 SCRATCH_BYTES: Final = 64 * 2**20  # of expanded rows at a time
 # in the kernels' order
 PARTS: Final = ("plane_0", "plane_1", "plane_2", "scale", "scale_super", "zeros", "addend", "addend_super", "row",
@@ -47,22 +46,21 @@ _PINNED_CALL: Final = 256  # tokens of one launch there: each has parts of split
 _PIECES: Final = {torch.float32: 3, torch.float64: 3, torch.float16: 2, torch.bfloat16: 1}
 _FLUSHES_HALF: Final = ("gfx90a",)  # its matrix unit reads float16 subnormals as zero
 
-Run = Callable[[Tensor, Tensor | None], Tensor]  # (x, bias) -> result
-
 
 # --- the stored weight ------------------------------------------------------------------------------------------------
 
 
-class StoredPlanes(Opaque):
+class StoredPlanes(Launched):
     """A weight [N, K] in the layout, with the activation quantization in front of it.
 
-    expanded         regimes that decode rows to memory and leave the product to torch
+    kernels          by number of tokens, as planned: `triton-expand` decodes rows to memory and leaves the product to
+                     torch, the others decode in registers; None: always in registers
     is_pinned        one launch configuration for every M, so that a row's result does not depend on the other rows
     quantizes_input  the recipe's values are exact in bfloat16 but for a factor of each row, and a kernel makes them
     """
 
     def __init__(
-        self, packed: Packed, expanded: frozenset[Regime], *, is_pinned: bool = False,
+        self, packed: Packed, kernels: Kernels | None, *, is_pinned: bool = False,
         spec: ActivationSpec | None = None, activation: Mapping[str, Tensor] = _NO_TENSORS,
     ) -> None:  # fmt: skip
         """`packed` on the device that it runs on; `spec` and its static tensors where the input is quantized here."""
@@ -72,7 +70,7 @@ class StoredPlanes(Opaque):
         self._packed = packed
         self._spec = spec
         self._activation = dict(activation) if spec is not None else {}
-        self._expanded = expanded
+        self._kernels = kernels
         self._is_pinned = is_pinned
         self._captured: list[Tensor] = []  # zeros that graphs count in
         self._dtypes = {name: t.dtype for name, t in self._held().items()}
@@ -109,7 +107,7 @@ class StoredPlanes(Opaque):
 
     def _take(self) -> None:
         """What the kernels are given: absent parts are stood in for by one that is never read."""
-        self._calls: dict[Any, Any] = {}  # Run by what calls differ in
+        self._calls = {}
         tensors = self._packed.tensors
         self._parts = [tensors.get(name, tensors["row"]) for name in PARTS]
         if "zeros" not in tensors:
@@ -152,35 +150,22 @@ class StoredPlanes(Opaque):
         found = self._quantizer(x)
         return found.codes, found.factor
 
-    def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        """x [M, K] in any float dtype times W^T (+ bias): [M, N] in `out_dtype`, float32 sums, one rounding."""
-        if torch.compiler.is_compiling():
-            return self._as_operator(x, regime, bias, self.shape[0], out_dtype)
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        key = (x.shape, x.stride(), x.dtype, out_dtype, None if bias is None else bias.dtype)
-        call = self._calls.get(key)
-        if call is None:
-            call = remember(self._calls, key, self._prepared(x, regime, bias, out_dtype))
-        result: Tensor = call(x, bias)
-        return result
-
-    def _prepared(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Run:
-        """How calls like this one are carried out."""
+    def _prepared(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Run:
+        """How calls like this one are carried out: float32 sums, one rounding."""
         if 0 in (x.shape[0], self.shape[0]):
             return partial(_nothing, rows=self.shape[0], out_dtype=out_dtype)
         dtype = torch.bfloat16 if self._quantizer is not None else x.dtype
         is_exact_dtype = dtype == torch.bfloat16 or (dtype == torch.float16 and self._is_half)
         is_plain = (self._quantizer is None or self._static_factor is not None) and out_dtype == dtype and (
             bias is None or bias.dtype == dtype)
-        expands = is_exact_dtype and self._expands(x, regime, is_plain=is_plain)
+        expands = is_exact_dtype and self._expands(x.shape[0], is_plain=is_plain)
         is_direct = is_exact_dtype and not expands and self._permutation is None and not self._is_cut(x)
         if is_direct:
             return self._direct(x, bias, out_dtype)
-        return partial(self._general, regime=regime, out_dtype=out_dtype, expands=expands, splits=not is_exact_dtype)
+        return partial(self._general, out_dtype=out_dtype, expands=expands, splits=not is_exact_dtype)
 
     def _general(
-        self, x: Tensor, bias: Tensor | None, *, regime: Regime, out_dtype: torch.dtype, expands: bool, splits: bool
+        self, x: Tensor, bias: Tensor | None, *, out_dtype: torch.dtype, expands: bool, splits: bool
     ) -> Tensor:
         """Step by step, where one or two launches do not do."""
         factors = None
@@ -189,7 +174,7 @@ class StoredPlanes(Opaque):
         if self._permutation is not None:
             x = x.index_select(1, self._permutation)
         if splits:
-            return self._by_pieces(x, regime, bias, out_dtype)
+            return self._by_pieces(x, bias, out_dtype)
         if expands:
             return self._by_expanding(x, factors, bias, out_dtype)
         return self._multiply(x, factors, bias, out_dtype)
@@ -198,10 +183,10 @@ class StoredPlanes(Opaque):
         """True where a call needs several launches, so that each row is computed as it would be alone."""
         return self._is_pinned and x.shape[0] > _PINNED_CALL
 
-    def _expands(self, x: Tensor, regime: Regime, *, is_plain: bool) -> bool:
-        """True where writing the weights out pays; ROCm's product gives no float32 result for 16-bit operands."""
-        is_many = regime in self._expanded and x.shape[0] >= EXPANDED_TOKENS
-        return is_many and (is_plain or not torch.version.hip)
+    def _expands(self, tokens: int, *, is_plain: bool) -> bool:
+        """True where the plan writes the weights out; ROCm's product gives no float32 result for 16-bit operands."""
+        expands = self._kernels is not None and self._kernels.at(tokens) == "triton-expand"
+        return expands and (is_plain or not torch.version.hip)
 
     def _multiply(self, x: Tensor, factors: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """The product of exact operands x [M, K], with float32 factors of its rows."""
@@ -263,7 +248,7 @@ class StoredPlanes(Opaque):
              "EVEN": columns == padded, "ASM": config.assembly, "WAITS": waits},
             device, num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if waits else {}),
         )  # fmt: skip
-        return Call((tokens, rows), out_dtype, device, size, quantize, made, (tiles, config.split))
+        return Call((tokens, rows), out_dtype, device, tokens, size, quantize, made, (tiles, config.split))
 
     def _expanded_rows(self, start: int, count: int, dtype: torch.dtype, *, with_rows: bool) -> Tensor:
         """Rows of the weight from `start` on, decoded: [count, K] in a 16-bit dtype."""
@@ -281,11 +266,11 @@ class StoredPlanes(Opaque):
         )  # fmt: skip
         return out
 
-    def _by_pieces(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    def _by_pieces(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """The product of x's bfloat16 pieces, added in float32."""
         pieces = split(x, _PIECES[x.dtype])
         rows = torch.cat(pieces)
-        if self._expands(rows, regime, is_plain=False):
+        if self._expands(x.shape[0], is_plain=False):
             y = self._by_expanding(rows, None, None, torch.float32)
         else:
             y = self._multiply(rows, None, None, torch.float32)
@@ -391,12 +376,11 @@ class TritonPlanes:
         packed = pack(weight, dtype)
         if packed is None:
             return Tiled().prepare(weight, dtype, kernels, pinned=pinned)
-        chosen = {regime for regime, name in kernels.items() if name == "triton-expand"}
-        expanded = frozenset(chosen) if is_expandable(packed, dtype) and not pinned else frozenset()
+        planned = Kernels.of(kernels) if is_expandable(packed, dtype) and not pinned else None
         spec = weight.scheme.activation
         if spec is not None and can_fake_quantize(spec) is not None:
             spec = None
-        return StoredPlanes(packed, expanded, is_pinned=pinned, spec=spec, activation=weight.activation)
+        return StoredPlanes(packed, planned, is_pinned=pinned, spec=spec, activation=weight.activation)
 
 
 # exponents of e8m0 scales with which every code stays exact in the dtype (docs/formats/numerics.md §4)
