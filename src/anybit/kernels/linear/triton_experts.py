@@ -13,6 +13,7 @@ from anybit.kernels.compiling import CompileCase
 __all__ = ["experts8_case", "experts_case"]
 
 _STEPS: Final = ("c0_step", "c1_step", "c2_step", "s_step", "ss_step", "z_step", "a_step", "as_step")
+_SPILLS: Final = 4  # ptxas parks a few words on the stack by its own choice, far below the registers it may use
 _SEGMENTS: Final = ("expert_ptr", "first_ptr", "length_ptr")
 
 
@@ -34,5 +35,5 @@ def experts8_case(case: CompileCase) -> CompileCase:
     constants = {name: value for name, value in case.constants.items() if name not in ("TMA", "WAITS")}
     return replace(
         case, function="anybit.kernels.triton.experts_rows8_jit:experts8_kernel", label=f"experts, {case.label}",
-        types=types, constants=constants, options={},
+        types=types, constants=constants, options={}, spills=_SPILLS,
     )
