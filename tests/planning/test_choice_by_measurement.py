@@ -89,6 +89,13 @@ def test_each_bucket_takes_the_kernel_that_was_fastest_there() -> None:
                                                          "triton-expand"]
 
 
+def test_a_kernel_goes_on_where_another_is_faster_by_less_than_two_measurements_differ() -> None:
+    fused = times("triton-fused", {1: 1e-6, 64: 1e-6, 96: 1.01e-6, 128: 1.04e-6, 192: 1e-6})
+    expand = times("triton-expand", {96: 1e-6, 128: 1e-6, 192: 0.99e-6})
+    names = chosen(fused | expand).names
+    assert [names.at(m) for m in (96, 128, 192)] == ["triton-fused", "triton-expand", "triton-expand"]
+
+
 def test_the_kernels_of_regimes_are_those_at_the_m_that_stand_for_them() -> None:
     choice = chosen({})
     for regime, (_, priced) in REGIMES.items():

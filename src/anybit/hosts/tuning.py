@@ -33,7 +33,7 @@ EMPTY_LAUNCH_SECONDS: Final = 0.7e-6  # an empty kernel in a graph, measured on 
 _MAX_COPIES: Final = 64
 _TURNS: Final = 3  # times that a kernel and the unquantized product are timed, in turn
 _TURN_SECONDS: Final = 0.01
-_HOPELESS: Final = 8.0  # times the least modelled time: not worth the wait
+_HOPELESS: Final = 5.0  # times the least modelled time: not worth the wait
 
 
 @dataclass(frozen=True)

@@ -254,15 +254,32 @@ def demand_known(kernel: str) -> None:
                           remedy=f"perhaps {' or '.join(near)}" if near else "`anybit explain MODEL` shows why not")
 
 
+_TIE: Final = 1.02  # two measurements of one kernel differ by as much
+
+
 def _cheapest(able: Able) -> Layouts:
-    """Layout -> its cheapest kernel in every bucket, for the layouts that cover all."""
+    """Layout -> its cheapest kernel in every bucket, for the layouts that cover all.
+
+    The kernel of the bucket before goes on where none is faster beyond a tie, so that noise makes no steps.
+    """
     made: Layouts = {}
     for priced, found in able.items():
         for chosen in found:
             best = made.setdefault(chosen.spec.layout, {}).get(priced)
             if best is None or chosen.price.seconds < best.price.seconds:
                 made[chosen.spec.layout][priced] = chosen
+        for chosen_here in made.values():
+            if priced in chosen_here:
+                chosen_here[priced] = _going_on(chosen_here, priced, found)
     return {layout: found for layout, found in made.items() if set(found) == set(able)}
+
+
+def _going_on(chosen: Mapping[int, Chosen], priced: int, found: list[Chosen]) -> Chosen:
+    """The cheapest kernel of a bucket, or that of the bucket before where they tie."""
+    least = chosen[priced]
+    before = [c.spec for m, c in chosen.items() if m < priced][-1:]
+    ties = (c for c in found if c.spec in before and c.price.seconds <= _TIE * least.price.seconds)
+    return next(ties, least)
 
 
 def _one_kernel_each(able: Able) -> Layouts:
