@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
@@ -161,6 +162,15 @@ def rounds_nothing(request: Request, platform: Platform) -> str | None:
     return None
 
 
+def roundings(rounds: str | None) -> int:
+    """How many things a kernel says that it rounds: its words, joined by commas and "and", name one each.
+
+    >>> roundings(None), roundings("weights to bfloat16"), roundings("scales, weights and partial sums to bfloat16")
+    (0, 1, 3)
+    """
+    return 0 if rounds is None else len(re.split(", | and ", rounds))
+
+
 def assumes_nothing(request: Request) -> str | None:
     """All that the kernel needs is known from headers."""
     return None
@@ -178,8 +188,8 @@ class KernelSpec:
     executes        (request, platform) -> how the declared arithmetic is carried out; "native" where the chip's matrix
                     unit takes the declared formats themselves, "weight-only" where declared activation quantization
                     is left out
-    rounds          (request, platform) -> what is rounded beyond the declared arithmetic ("weights to bfloat16"), or
-                    None; a strict plan leaves such kernels out
+    rounds          (request, platform) -> what is rounded beyond the declared arithmetic ("weights to bfloat16"), each
+                    thing by name (`roundings` counts them), or None; a strict plan leaves such kernels out
     workspace       request -> bytes of scratch that one call needs
     cases           architecture -> what must compile there for the kernel to be claimed (Triton kernels)
     """

@@ -5,7 +5,7 @@ weight and the float32 value of the quantized activations. So, with |x||W| the p
 
     accumulation   2 (K + 2) 2^-24 |x||W|   float32 sums in any order; the factor 2 since matrix units may truncate, and
                                             one rounding each where a scale meets a weight or an activation
-    operands       r |x||W|                 only for kernels that say that they round operands to a dtype of unit r
+    operands       r |x||W|                 for each thing that a kernel says that it rounds to a dtype of unit r
     output         u |y|                    half a unit in the last place of the output's dtype
 
 The bound holds for each output. It grows with K although errors of random sign do not; so the error as a whole is held
@@ -25,6 +25,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from anybit.kernels.request import roundings
 from anybit.numerics.activations import RECIPES, quantize_dequantize
 from anybit.numerics.formats import number_format
 from anybit.schemes import Block, Placement, Scheme
@@ -236,9 +237,10 @@ class Oracle:
         allowed = 2 * (self._columns + 2) * 2.0**-24 * self._parts
         typical = (2 * math.sqrt(self._columns + 2) * 2.0**-24 * self._parts.norm()) ** 2
         typical = typical + (_RMS * unit * y.norm()) ** 2 + y.numel() * _SMALLEST[self._dtype] ** 2
-        if rounds is not None:
-            allowed = allowed + unit * self._magnitude
-            typical = typical + 2 * (_RMS * unit * self._squares) ** 2
+        count = roundings(rounds)
+        if count:
+            allowed = allowed + count * unit * self._magnitude
+            typical = typical + 2 * count * (_RMS * unit * self._squares) ** 2
         return allowed + (y.abs() + allowed) * unit + _SMALLEST[self._dtype], typical.sqrt()
 
 

@@ -30,7 +30,7 @@ __all__ = ["ALIGNED", "Call", "Described", "Launch", "Piece", "Quantizing", "Zer
 # pointers as tensors or as integers: triton/runtime/jit.py, triton/backends/{nvidia,amd}/driver.py of these versions
 _READ: Final = ((3, 5), (3, 6), (3, 7), (3, 9))
 ALIGNED: Final = 128  # bytes: where pieces of a scratch begin; more than any access wants
-_MOST_CALLS: Final = 512  # numbers of rows that a weight remembers launches for
+_MOST_CALLS: Final = 64  # that a weight remembers: a few kilobytes each, of hundreds of weights
 _LARGEST: Final = 2**31 - 1  # bytes of a storage within which AMD's kernels address by 32 bits
 _LAUNCHED: Final = ("cuda",)  # devices with streams; ROCm's are called so too
 _IS_HIP: Final = torch.version.hip is not None
@@ -321,8 +321,8 @@ class Call:
 
 
 def remember(calls: dict[Any, Any], key: Any, made: Any) -> Any:
-    """Keep what was made for a key; all are forgotten when there are many (prompts of every length)."""
+    """Keep what was made for a key, and forget the oldest where there are many (prompts of every length)."""
     if len(calls) >= _MOST_CALLS:
-        calls.clear()
+        calls.pop(next(iter(calls)), None)
     calls[key] = made
     return made

@@ -10,6 +10,7 @@ is freed when all weights are gone whose captured launches count in it, and with
 from __future__ import annotations
 
 from functools import cache
+from threading import RLock
 from typing import Any, Final
 
 import torch
@@ -44,9 +45,14 @@ class _Zeros:
         self._streams: dict[int, list[Tensor]] = {}  # the last one is the stream's; launches under way have the others
         self._slab: Tensor | None = None
         self._taken = 0
+        self._lock = RLock()  # two threads may capture at once
 
     def of_stream(self, stream: int, count: int) -> Tensor:
         """The set of a stream, made where it is missing or too small; the place to see to the slab."""
+        with self._lock:
+            return self._of_stream(stream, count)
+
+    def _of_stream(self, stream: int, count: int) -> Tensor:
         if self._slab is None or self._is_low():
             torch.cuda.synchronize(self._device)  # what counted in a slab that has been freed is through
             self._slab, self._taken = self._cleared(_SLAB), 0
@@ -59,15 +65,16 @@ class _Zeros:
 
     def captured(self, count: int, kept: list[Tensor]) -> Tensor:
         """Zeros for one launch of a graph."""
-        start = self._taken
-        if self._slab is None or start + count > self._slab.numel():  # then clearing is captured too
-            return torch.zeros(count, dtype=torch.int32, device=self._device)
-        self._taken = -(-(start + count) // _STEP) * _STEP
-        found = self._slab[start : start + count]
+        with self._lock:
+            start = self._taken
+            if self._slab is None or start + count > self._slab.numel():  # then clearing is captured too
+                return torch.zeros(count, dtype=torch.int32, device=self._device)
+            self._taken = -(-(start + count) // _STEP) * _STEP
+            found = self._slab[start : start + count]
+            if self._is_low():
+                for key in [key for key in _SETS if key[0] == self._device]:
+                    del _SETS[key]
         kept.append(found)
-        if self._is_low():
-            for key in [key for key in _SETS if key[0] == self._device]:
-                del _SETS[key]
         return found
 
     def _is_low(self) -> bool:
