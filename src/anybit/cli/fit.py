@@ -96,9 +96,9 @@ def _verdict(answer: Fit) -> str:
 
 def _rows(answer: Fit) -> Iterator[tuple[str, ...]]:
     memory = answer.plan.memory
-    yield "needs", (f"{size(answer.needed)} of {size(answer.available)}: weights {size(memory.weights)}, plain tensors "
-                    f"{size(memory.plain)}, cache {size(memory.cache(answer.context, answer.batch))}, "
-                    f"workspace {size(memory.workspace)}")
+    yield "needs", (f"{size(answer.needed)} of {size(answer.available)}: weights {size(memory.weights)} "
+                    f"({size(memory.checkpoint)} before repacking), plain tensors {size(memory.plain)}, "
+                    f"cache {size(memory.cache(answer.context, answer.batch))}, workspace {size(memory.workspace)}")
     if memory.cache_per_token:
         own = f"; the model's own limit is {answer.own_context:,}" if answer.own_context else ""
         yield "context", f"up to {answer.most_context:,} tokens for each of {answer.batch}{own}"
