@@ -21,7 +21,6 @@ from priors import cells_of  # noqa: E402
 
 from anybit.cli.bench_kernels import scheme_named  # noqa: E402
 from anybit.kernels.request import Request  # noqa: E402
-from anybit.planning.choose import Policy  # noqa: E402
 from anybit.planning.measured import Measured  # noqa: E402
 from anybit.planning.regret import ALLOWED, Regret, regrets  # noqa: E402
 from anybit.platforms import Platform, named  # noqa: E402
@@ -51,7 +50,7 @@ class Planned:
 
 def planned(document: dict[str, Any]) -> Iterator[Planned]:
     """The plan's choice in every cell of a result file, by the file's own times."""
-    prices = Measured(cells_of([document])).prices(document["dtype"])
+    policy = Measured(cells_of([document])).policy(document["dtype"])
     platform = _platform(document)
     layers: dict[tuple[str, int, int], dict[tuple[int, str], dict[str, Any]]] = {}
     for row in document["rows"]:
@@ -65,7 +64,7 @@ def planned(document: dict[str, Any]) -> Iterator[Planned]:
         for (tokens, kernel), row in rows.items():
             times.setdefault(tokens, {})[kernel] = row["seconds"]
         asked = Request("linear", scheme, (n, k), document["dtype"])
-        for regret in regrets(asked, platform, Policy(measured=prices), times):
+        for regret in regrets(asked, platform, policy, times):
             row = rows.get((regret.request.tokens, regret.chosen[0]))
             if row is not None:
                 yield Planned(name, (n, k), regret.request.tokens, row, regret)

@@ -80,6 +80,7 @@ def tune(
     device = options.torch_device(device, platform)
     timings = _timings(output, subjects, platform, device, name, counts, known)
     if not check:
+        known.schemes |= {str(subject.scheme): subject.scheme for subject in subjects}
         _keep(platform, known, timings)
     found = [regret for subject in subjects for regret in _regrets(subject, platform, name, known, timings)]
     if json:
@@ -134,7 +135,7 @@ def _asked(subject: Subject, dtype: str) -> Request:
 
 
 def _policy(known: measured.Measured, dtype: str) -> Policy:
-    return Policy(measured=known.prices(dtype), disproved=known.disproved)
+    return known.policy(dtype)
 
 
 def _subjects(text: str) -> Iterator[Subject]:
