@@ -147,24 +147,6 @@ class StoredPlanes(Launched):
         found = self._quantizer(x)
         return found.codes, found.factor
 
-<<<<<<< HEAD
-    def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        """x [M, K] in any float dtype times W^T (+ bias): [M, N] in `out_dtype`, float32 sums, one rounding."""
-        if torch.compiler.is_compiling():
-            return self._as_operator(x, regime, bias, self.shape[0], out_dtype)
-        # kernels are compiled for rows that begin at multiples of 16 bytes; K alone may forbid it, strides may not
-        apart, columns = x.stride(0), self.shape[1]
-        if x.stride(1) != 1 or x.data_ptr() & 15 or (apart & 15 and apart != columns):
-            x = x.clone(memory_format=torch.contiguous_format)
-        key = (x.shape, x.stride(), x.dtype, out_dtype, None if bias is None else bias.dtype)
-        call = self._calls.get(key)
-        if call is None:
-            call = remember(self._calls, key, self._prepared(x, bias, out_dtype))
-        result: Tensor = call(x, bias)
-        return result
-
-=======
->>>>>>> main
     def _prepared(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Run:
         """How calls like this one are carried out: float32 sums, one rounding."""
         if 0 in (x.shape[0], self.shape[0]):
