@@ -21,6 +21,17 @@ from anybit.kernels.linear.tiled_torch import Tiled, as_bits
 from anybit.kernels.request import Kernels, Regime
 from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Launch, Piece, Zeros, launch, remember
+from anybit.kernels.triton.opaque import Launched, Run
+from anybit.kernels.triton.planes_hopper_launch import hopper_config
+from anybit.kernels.triton.planes_launch import (
+    configure,
+    constants,
+    expansion,
+    half_factor,
+    overlaps,
+    scratch_rows,
+    terms_of,
+)
 from anybit.kernels.triton.planes_prepare import Packed, pack, unpacked
 from anybit.kernels.triton.recipes import can_fake_quantize
 from anybit.numerics.formats import number_format

@@ -48,6 +48,8 @@ def overlaps(tokens: int, rows: int, columns: int, arch: str) -> bool:
 _BLOCKS: Final = {"sm_80": 432, "sm_86": 336, "sm_89": 512, "sm_90": 528, "sm_100": 592, "sm_103": 592, "sm_120": 680,
                   "sm_121": 192, "gfx90a": 416, "gfx942": 608, "gfx950": 512, "gfx1100": 192, "gfx1151": 80,
                   "gfx1200": 64, "gfx1201": 128}
+# with more tokens Triton 3.9 makes an empty kernel of eight sums of groups in a block: found by the gate
+_FIFTH: Final = ("sm_100", "sm_103")
 _LARGE_TILES: Final = ("sm_90", "sm_100", "sm_103")  # accumulators of a warp group, or beside the registers
 _MULTIPROCESSORS: Final = 132  # of an H200, on which the launches of `_hopper` were measured
 _SPLIT_TOKENS: Final = 64  # more tokens fill the chip without splitting K
@@ -84,6 +86,8 @@ def configure(form: Form, rows: int, columns: int, tokens: int, arch: str) -> Co
     if form.bits == 8 or form.terms > 1 or form.addend != "none":
         bm, bn = min(bm, 64), min(bn, 64)
         warps, stages = min(warps, 4), min(stages, 3)
+    if arch in _FIFTH and form.scaling == "group" and form.fields // form.run >= 8:
+        bm = min(bm, 32)
     if form.terms > 1 or arch == "sm_86" or arch == "sm_89" or arch.startswith("sm_12"):
         stages = 2  # 99 KiB of shared memory
     tiles = padded // bn * -(-tokens // bm)
