@@ -296,7 +296,7 @@ def _product_case(
     )  # fmt: skip
 
 
-_SPILLS: Final = 4  # ptxas parks a word or two on the stack by its own choice, far below the registers it may use
+_SPILLS: Final = 8  # ptxas parks a few words on the stack by its own choice, far below the registers it may use
 # sums of groups beside the accumulator: 4..6 % faster on an H200 than tiles that spill nothing
 _SPILLS_OF_WIDE: Final = 16
 
