@@ -35,7 +35,7 @@ _MORE_TOKENS_SHARE: Final = 0.87  # of that beyond 8 tokens
 _TABLE_SHARE: Final = 0.3  # a look-up for each weight
 # share of the matrix rate of the fused kernel, and of torch's product after expansion
 _FUSED_SHARE: Final = 0.35
-_GLUON_SHARE: Final = 0.5  # where decoding runs beside the products
+_GLUON_SHARE: Final = 0.45  # where decoding runs beside the products
 _EXPANDED_SHARE: Final = 0.75
 _EXPAND_BYTES_SHARE: Final = 0.75
 

@@ -90,6 +90,8 @@ def configure(form: Form, rows: int, columns: int, tokens: int, arch: str) -> Co
         bm = min(bm, 32)
     if form.terms > 1 or arch == "sm_86" or arch == "sm_89" or arch.startswith("sm_12"):
         stages = 2  # 99 KiB of shared memory
+    if form.kind == "table":
+        stages = min(stages, 2)  # operands of 16 bits wait in shared memory too
     tiles = padded // bn * -(-tokens // bm)
     split = 1
     if tokens <= _SPLIT_TOKENS:
