@@ -108,7 +108,7 @@ def _is_measured(form: Form) -> bool:
 
 
 def _hopper(form: Form, rows: int, columns: int, tokens: int) -> Config:
-    """As measured on an H200 (planning/priors) for 6144, 4096, 28672 and 57344 rows.
+    """As measured on an H200 for 1024 to 57344 rows, where the kernels in Gluon do not take the product.
 
     Programs of two warps where scales are part of the operand: more of them hide the decoding. Many rows: wide tiles,
     which read x less often. Sums of groups beside the accumulator leave room for 64 tokens only.
@@ -116,17 +116,11 @@ def _hopper(form: Form, rows: int, columns: int, tokens: int) -> Config:
     is_sum = form.scaling == "group"
     is_fine = form.group == 16
     wide = rows >= 128 * _MULTIPROCESSORS and rows % 128 == 0
-    if tokens <= 8:
-        tile = Config(8, 32, warps=2) if is_sum else Config(8, 64, warps=2)
-        wanted, most = (1056, 8) if is_sum else (792, 8)
-        if form.scale_kind == "e8" and rows >= 3 * 128 * _MULTIPROCESSORS and wide:
-            tile, wanted = Config(8, 128), 1056
-    elif tokens <= 32:
-        bm = 16 if tokens <= 16 else 32
-        is_huge = wide and rows >= 3 * 128 * _MULTIPROCESSORS
-        is_broad = not is_sum and rows % 128 == 0 and (is_fine or is_huge)
-        tile = Config(bm, 128) if is_broad else Config(bm, 64, warps=4 if is_sum or bm == 32 else 2)
-        wanted, most = (1056 if is_broad else 528), 8
+    if tokens <= 32 and not is_sum:
+        return _hopper_few(form, rows, columns, tokens)
+    if tokens <= 32:
+        bm = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
+        tile, wanted, most = (Config(8, 32, warps=2), 1056, 8) if bm == 8 else (Config(bm, 64), 528, 8)
     elif tokens <= 64:
         tile, wanted, most = _hopper_64(is_sum=is_sum, is_fine=is_fine, wide=wide, even=rows % 128 == 0), 264, 8
         if tile.rows == 128 and (wide or is_sum):
@@ -141,6 +135,27 @@ def _hopper(form: Form, rows: int, columns: int, tokens: int) -> Config:
     return replace(tile, split=split, assembly=True)
 
 
+def _hopper_few(form: Form, rows: int, columns: int, tokens: int) -> Config:
+    """fp4 with folded scales for at most 32 tokens."""
+    is_fine, is_small = form.group == 16, rows <= 2048
+    wide = rows >= 128 * _MULTIPROCESSORS and rows % 128 == 0
+    is_huge = wide and rows >= 3 * 128 * _MULTIPROCESSORS
+    bm = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
+    if tokens <= 8:
+        rows_of_tile = 32 if is_small and is_fine else 128 if is_huge else 64
+        tile = Config(8, rows_of_tile, warps=4 if is_huge and not is_fine else 2)
+        wanted = 1056 if is_huge and not is_fine else 792
+    elif rows % 128 == 0 and not is_small and (is_fine or is_huge or columns >= 8192 or (wide and bm == 32)):
+        tile = Config(bm, 128)
+        tiles = rows // 128 * -(-tokens // bm)
+        wanted = max(-(-216 // tiles), 2) * tiles
+    else:
+        tile, wanted = Config(bm, 64, warps=4 if bm == 32 or is_small else 2), 528
+    tiles = rows // tile.rows * -(-tokens // tile.tokens)
+    split = _parts(columns // form.block, wanted // tiles, 8, least=4 if is_fine else 2)
+    return replace(tile, split=split, assembly=True)
+
+
 def _hopper_64(*, is_sum: bool, is_fine: bool, wide: bool, even: bool) -> Config:
     if not even:
         return Config(64, 64)
@@ -151,9 +166,9 @@ def _hopper_64(*, is_sum: bool, is_fine: bool, wide: bool, even: bool) -> Config
     return Config(64, 128, warps=8, stages=2) if wide else Config(64, 64)
 
 
-def _parts(blocks: int, wanted: int, most: int) -> int:
-    """Parts of K: at most `most`, each with at least two blocks, none without work."""
-    split = max(1, min(wanted, most, blocks // 2))
+def _parts(blocks: int, wanted: int, most: int, least: int = 2) -> int:
+    """Parts of K: at most `most`, each with at least `least` blocks, none without work."""
+    split = max(1, min(wanted, most, blocks // least))
     while split > 1 and -(-blocks // split) * (split - 1) >= blocks:
         split -= 1
     return split
