@@ -59,6 +59,11 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
+def _pitch(parts: list[Tensor]) -> int:
+    """How far apart values of neighbouring groups lie: the padded rows, or those of the weight that this is part of."""
+    return next((parts[i].stride(-2) for i in (3, 6, 5) if parts[i].dim() > 1), parts[8].shape[0])
+
+
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
@@ -79,7 +84,7 @@ def _matmul(x: Tensor, parts: list[Tensor], factors: Tensor | None, bias: Tensor
     if x.stride(1) != 1:
         x = x.contiguous()
     config = configure(form, rows, columns, _PINNED_TOKENS if is_pinned else tokens, arch_of(x.device))
-    padded_rows, padded = parts[8].shape[0], form.padded(columns)
+    padded_rows, padded, pitch = parts[8].shape[0], form.padded(columns), _pitch(parts)
     tiles = -(-tokens // config.tokens) * (padded_rows // config.rows)
     split = config.split
     assert split == 1 or tiles <= parts[10].numel()
@@ -89,8 +94,8 @@ def _matmul(x: Tensor, parts: list[Tensor], factors: Tensor | None, bias: Tensor
     with _on(x.device):
         matmul_kernel[(tiles, split)](
             x, *parts[:10], parts[8] if factors is None else factors, out if bias is None else bias, out, partial,
-            parts[10], tokens, rows, padded_rows, columns, padded, x.stride(0),
-            padded_rows if parts[5].shape[0] > 1 else 0, half_factor(form, is_half=is_half), **constants(form),
+            parts[10], tokens, rows, pitch, columns, padded, x.stride(0),
+            pitch if parts[5].shape[0] > 1 else 0, half_factor(form, is_half=is_half), **constants(form),
             R=form.run, TERMS=terms_of(form, is_half=is_half), BM=config.tokens, BN=config.rows, SPLIT=split > 1,
             TOKENS=factors is not None, BIAS=bias is not None, EVEN=columns == padded, ASM=config.assembly,
             WAITS=waits, num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if waits else {}),
@@ -105,13 +110,13 @@ def _expand(parts: list[Tensor], form_number: int, start: int, rows: int, column
     form = _FORMS[form_number]
     device = parts[0].device
     out = torch.empty((rows, columns), dtype=dtype, device=device)
-    padded_rows, padded = parts[8].shape[0], form.padded(columns)
+    pitch, padded = _pitch(parts), form.padded(columns)
     is_half = dtype == torch.float16
     tile_rows, blocks = expansion(form)
     with _on(device):
         expand_kernel[(-(-rows // tile_rows), -(-(padded // form.block) // blocks))](
-            *parts[:10], out, start, rows, padded_rows, columns, padded,
-            padded_rows if parts[5].shape[0] > 1 else 0, half_factor(form, is_half=is_half),
+            *parts[:10], out, start, rows, pitch, columns, padded,
+            pitch if parts[5].shape[0] > 1 else 0, half_factor(form, is_half=is_half),
             **constants(form), ROW=with_rows, BN=tile_rows, NB=blocks,
             num_warps=4, num_stages=1,
         )  # fmt: skip

@@ -131,6 +131,17 @@ class StoredRows8:
             self._kernels[regime], self._pinned, out_dtype,
         ))
 
+    def operand_kind(self) -> str | None:
+        """What the device multiplies in a decode step, a number format; None where it has no such product."""
+        exact = self._kernels["decode"] == FP8_EXACT.name
+        given = operands(self._product, _arch_or_generic(self._codes.device), exact=exact)
+        return None if given is None else given.kind
+
+    def linear_of_codes(self, xq: Quantized, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """Few rows that another kernel quantized, as `operand_kind` says, times W^T plus bias: [M, N]."""
+        return _multiply_codes(xq, self._codes, self._factor, self._sums, self._zeros, self._counters, bias,
+                               self._product, self._kernels["decode"], self._pinned, out_dtype)
+
     def _canonical(self) -> QuantizedWeight:
         codes, offset = self._codes[:, : self.shape[1]], None
         if self._zeros is not None:
@@ -291,13 +302,10 @@ def multiply(
     """Q(x) [M, K] times W^T plus bias: [M, N]; codes, factor, sums and zeros as StoredRows8 keeps them."""
     product, k = _from_text(problem)
     n = codes.shape[0]
-    out = torch.empty((x.shape[0], n), dtype=out_dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    if k == 0:
+    if x.shape[0] * n == 0 or k == 0:
+        out = torch.empty((x.shape[0], n), dtype=out_dtype, device=x.device)
         return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
-    exact = kernel == FP8_EXACT.name
-    given = operands(product, _arch_or_generic(x.device), exact=exact)
+    given = operands(product, _arch_or_generic(x.device), exact=kernel == FP8_EXACT.name)
     assert given is not None
     static = {name: t for name, t in (("scale", scale), ("zero_point", zero_point), ("lower_bound", lower_bound))
               if t is not None}
@@ -305,6 +313,17 @@ def multiply(
     leads = kernel in (FP8.name, INT8.name) and x.shape[0] <= 64 and _arch_or_generic(x.device) == "sm_90"
     xq = quantize(x, product.activation, static, columns=codes.shape[1], fnuz=given.kind == "fp8_e4m3fnuz",
                   values=torch.float16 if given.kind == "float16" else None, sums=product.w_shifted, leads=leads)
+    return _multiply_codes(xq, codes, factor, sums, zeros, counters, bias, product, kernel, pinned, out_dtype)
+
+
+def _multiply_codes(
+    xq: Quantized, codes: Tensor, factor: Tensor, sums: Tensor | None, zeros: Tensor | None, counters: Tensor,
+    bias: Tensor | None, product: Product8, kernel: str, pinned: bool, out_dtype: torch.dtype,
+) -> Tensor:
+    """Codes of x times W^T plus bias, by the kernel of that name."""
+    out = torch.empty((xq.codes.shape[0], codes.shape[0]), dtype=out_dtype, device=codes.device)
+    given = operands(product, _arch_or_generic(codes.device), exact=kernel == FP8_EXACT.name)
+    assert given is not None
     if kernel == SCALED_MM.name and (bias is not None or out_dtype != torch.bfloat16):
         kernel = FP8.name  # torch would round to bfloat16 before the bias
     if kernel in (SCALED_MM.name, INT_MM.name):
