@@ -85,11 +85,13 @@ class ShortWay:
     """One block's call, and what must hold for it.
 
     index              of its layer in a cache
+    found              the host's modules that it stands for, each with its parent's table and its name there
     next               the norm that reads the answer first: of the next block, or of the model
     grows, is_static   kinds of caches that it is proven for
     """
 
     index: int
+    found: tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]
     first: Norm
     qkv: Products
     attention: Attention
@@ -100,6 +102,11 @@ class ShortWay:
     next: Norm | None = None
     grows: bool = False
     is_static: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """False once somebody has put another module in the place of one (an adapter around a product)."""
+        return all(table.get(name) is module for table, name, module in self.found)
 
     def __call__(
         self, x: Tensor, cosine: Tensor, sine: Tensor, layer: Any, mask: Tensor | None, *, leads: bool = False
@@ -142,7 +149,10 @@ def short_way(layer: nn.Module, config: Any, dtype: torch.dtype) -> ShortWay | N
     if getattr(attention, "sliding_window", None) is not None or not isinstance(attention.layer_idx, int):
         return None
     groups = [(attention, ("q_proj", "k_proj", "v_proj")), (mlp, ("gate_proj", "up_proj")), (mlp, ("down_proj",))]
-    if any(not hasattr(parent, name) for parent, names in (*groups, (attention, ("o_proj",))) for name in names):
+    named: list[tuple[Any, str, Any]] = [(parent._modules, name, getattr(parent, name, None)) for parent, names in (
+        *groups, (attention, ("o_proj",)), (layer, ("input_layernorm", "post_attention_layernorm"))) for name in names]
+    named += [(layer._modules, "self_attn", attention), (layer._modules, "mlp", mlp)]
+    if any(table.get(name) is not module or module is None for table, name, module in named):
         return None
     products = [products_of([getattr(parent, name) for name in names], dtype) for parent, names in groups]
     o = products_of([attention.o_proj], dtype, is_plain=True)
@@ -155,7 +165,7 @@ def short_way(layer: nn.Module, config: Any, dtype: torch.dtype) -> ShortWay | N
         return None
     first, second = (Norm(cast("Tensor", w), eps_of(n), p.input)
                      for w, n, p in zip(weights, norms, (qkv, gate_up), strict=True))
-    return ShortWay(attention.layer_idx, first, qkv, heads, o, second, gate_up, down)
+    return ShortWay(attention.layer_idx, tuple(named), first, qkv, heads, o, second, gate_up, down)
 
 
 def _attention_of(attention: Any, config: Any, dtype: torch.dtype) -> Attention | None:
@@ -294,7 +304,9 @@ def _is_plain_call(x: Tensor, short: ShortWay, kwargs: dict[str, Any]) -> bool:
     rotation, weight = kwargs.get("position_embeddings"), short.first.weight
     if x.dim() != 3 or x.numel() > LARGEST_M * x.shape[2] or x.dtype != weight.dtype or x.device != weight.device:
         return False
-    if not isinstance(rotation, tuple) or torch.is_grad_enabled() or not x.is_contiguous() or not x.numel():
+    if not (x.is_contiguous() and x.numel() and isinstance(rotation, tuple)):
+        return False
+    if torch.is_grad_enabled() or not short.is_whole:
         return False
     shape = (x.shape[1], short.attention.dim)
     return kwargs.get("past_key_values") is not None and not any(kwargs.get(name) for name in RECORDED) and all(
