@@ -23,12 +23,15 @@ from torch import Tensor, nn
 
 from anybit.hosts.blocks import RECORDED, decoder_layers
 from anybit.hosts.blocks_parts import Products, products_of
-from anybit.kernels.triton.block import Attention, Input, Rows, gate, norm
+from anybit.hosts.modules import AnybitLinear
+from anybit.kernels.triton.block import AS_THEY_ARE, Attention, Gate, Norm, Rows
 from anybit.kernels.triton.block_launch import LARGEST_M, LARGEST_ROW
+from anybit.kernels.triton.recipes import needs_row
 
 __all__ = ["shorten_steps"]
 
 _DTYPES: Final = (torch.bfloat16, torch.float16)
+_WIDEST: Final = 8192  # columns that one program quantizes by one scale in good time
 _ROOM: Final = 256  # tokens by which a growing cache grows at least
 
 
@@ -59,16 +62,17 @@ def shorten_steps(model: nn.Module, dtype: torch.dtype) -> int:
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
-class Norm:
-    """A root-mean-square norm whose answer is the input of a product, or of nothing in particular."""
+class Reader:
+    """A norm, and the products that read it (None: nothing in particular)."""
 
-    def __init__(self, weight: Tensor, eps: float, wanted: Input) -> None:
-        self.weight, self.eps, self.input = weight, eps, wanted
+    def __init__(self, norm: Norm, products: Products | None = None) -> None:
+        self.norm, self._products = norm, products
         self._made: tuple[Tensor, Rows] | None = None
 
     def __call__(self, x: Tensor, **more: Any) -> tuple[Tensor, Rows]:
-        """As `block.norm`."""
-        return norm(x, self.weight, self.eps, self.input, **more)
+        """As `Norm`."""
+        wanted = AS_THEY_ARE if self._products is None else self._products.wanted(x.shape[0], x.device)
+        return self.norm(x, wanted, **more)
 
     def keep(self, x: Tensor, rows: Rows) -> None:
         """What the norm makes of this very tensor, made beforehand."""
@@ -92,16 +96,22 @@ class ShortWay:
 
     index: int
     found: tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]
-    first: Norm
+    first: Reader
     qkv: Products
     attention: Attention
     o: Products
-    second: Norm
+    second: Reader
     gate_up: Products
+    gate: Gate
     down: Products
-    next: Norm | None = None
+    next: Reader | None = None
     grows: bool = False
     is_static: bool = False
+
+    @property
+    def weight(self) -> Tensor:
+        """Of its first norm: where the block is, its width and dtype."""
+        return self.first.norm.weight
 
     @property
     def is_whole(self) -> bool:
@@ -116,27 +126,38 @@ class ShortWay:
         leads  the next norm is made along: nobody sees or changes y before it
         """
         batch, tokens, hidden = x.shape
-        rows = x.view(-1, hidden)
-        made = self.first.take(x)
-        if made is None:
-            _, made = self.first(rows)
-        q, k, v = self.qkv(made)
-        count = layer.cumulative_length if _is_static(layer) else None
-        held = int(layer.keys.shape[2]) if count is None else count
-        keys, values = _room(layer, tokens) if count is None else (layer.keys, layer.values)
-        attended = self.attention(q, k, v, cosine, sine, keys, values, tokens, held, mask)
-        if count is None:
-            layer.keys, layer.values = keys[:, :, : held + tokens], values[:, :, : held + tokens]
-        (o,) = self.o(Rows(attended))
-        middle, made = self.second(rows, delta=o, count=count, added=tokens)
-        lit, up = self.gate_up(made)
-        (down,) = self.down(gate(lit, up, self.down.input))
+        (o,) = self.o(Rows(self.attend(x, cosine, sine, layer, mask)))
+        middle, down = self.feed(x.view(-1, hidden), o, layer, tokens)
         if self.next is None or not leads:
             return (middle + down).view(batch, tokens, hidden)
         total, made = self.next(middle, delta=down)
         y = total.view(batch, tokens, hidden)
         self.next.keep(y, made)
         return y
+
+    def attend(self, x: Tensor, cosine: Tensor, sine: Tensor, layer: Any, mask: Tensor | None) -> Tensor:
+        """What o reads, [B T, heads dim]; keys and values are stored, and a static cache has yet to count them."""
+        tokens = x.shape[1]
+        made = self.first.take(x)
+        if made is None:
+            _, made = self.first(x.view(-1, x.shape[2]))
+        q, k, v = self.qkv(made)
+        if _is_static(layer):
+            count: Tensor = layer.cumulative_length
+            return self.attention(q, k, v, cosine, sine, layer.keys, layer.values, tokens, count, mask)
+        held = int(layer.keys.shape[2])
+        keys, values = _room(layer, tokens)
+        attended = self.attention(q, k, v, cosine, sine, keys, values, tokens, held, mask)
+        layer.keys, layer.values = keys[:, :, : held + tokens], values[:, :, : held + tokens]
+        return attended
+
+    def feed(self, x: Tensor, o: Tensor, layer: Any, tokens: int) -> tuple[Tensor, Tensor]:
+        """x + o, and what down makes, both [B T, hidden]; a static cache has counted its tokens."""
+        count = layer.cumulative_length if _is_static(layer) else None
+        middle, made = self.second(x, delta=o, count=count, added=tokens)
+        lit, up = self.gate_up(made)
+        (down,) = self.down(self.gate(lit, up, self.down.wanted(x.shape[0], x.device)))
+        return middle, down
 
 
 def short_way(layer: nn.Module, config: Any, dtype: torch.dtype) -> ShortWay | None:
@@ -154,8 +175,9 @@ def short_way(layer: nn.Module, config: Any, dtype: torch.dtype) -> ShortWay | N
     named += [(layer._modules, "self_attn", attention), (layer._modules, "mlp", mlp)]
     if any(table.get(name) is not module or module is None for table, name, module in named):
         return None
-    products = [products_of([getattr(parent, name) for name in names], dtype) for parent, names in groups]
-    o = products_of([attention.o_proj], dtype, is_plain=True)
+    layers = [[getattr(parent, name) for name in names] for parent, names in groups]
+    products = [products_of(found, dtype, is_alone=_is_wide(found[0])) for found in layers]
+    o = products_of([attention.o_proj], dtype, is_alone=True)
     heads = _attention_of(attention, config, dtype)
     if o is None or heads is None or any(p is None for p in products):
         return None
@@ -163,9 +185,15 @@ def short_way(layer: nn.Module, config: Any, dtype: torch.dtype) -> ShortWay | N
     sizes = (heads.heads * heads.dim, heads.kv_heads * heads.dim, heads.kv_heads * heads.dim)
     if qkv.rows != sizes or gate_up.rows[0] != gate_up.rows[1] or gate_up.rows[0] > LARGEST_ROW:
         return None
-    first, second = (Norm(cast("Tensor", w), eps_of(n), p.input)
+    first, second = (Reader(Norm(cast("Tensor", w), eps_of(n)), p)
                      for w, n, p in zip(weights, norms, (qkv, gate_up), strict=True))
-    return ShortWay(attention.layer_idx, tuple(named), first, qkv, heads, o, second, gate_up, down)
+    return ShortWay(attention.layer_idx, tuple(named), first, qkv, heads, o, second, gate_up, Gate(), down)
+
+
+def _is_wide(module: Any) -> bool:
+    """True where one program is slow to see a row that its scale needs: a kernel of several quantizes it."""
+    spec = module.product.scheme.activation if isinstance(module, AnybitLinear) else None
+    return spec is not None and module.in_features > _WIDEST and needs_row(spec)
 
 
 def _attention_of(attention: Any, config: Any, dtype: torch.dtype) -> Attention | None:
@@ -194,24 +222,24 @@ def eps_of(found: object) -> float:
     return next((float(v) for name in ("variance_epsilon", "eps") if (v := getattr(found, name, None))), 0.0)
 
 
-def _final_norm(model: nn.Module, last: nn.Module, short: ShortWay) -> tuple[nn.Module | None, Norm | None]:
+def _final_norm(model: nn.Module, last: nn.Module, short: ShortWay) -> tuple[nn.Module | None, Reader | None]:
     """The model's norm after its last block where it is of the blocks' kind, taking what the block made for it."""
     from anybit.hosts.blocks_proof import is_norm_proven
 
     parents = [m for m in model.modules() if any(last in list(child) for child in m.children()
                                                  if isinstance(child, nn.ModuleList))]
     found = getattr(parents[0], "norm", None) if len(parents) == 1 else None
-    weight = weight_of(found, short.first.weight.dtype)
-    if not isinstance(found, nn.Module) or weight is None or weight.shape != short.first.weight.shape:
+    weight = weight_of(found, short.weight.dtype)
+    if not isinstance(found, nn.Module) or weight is None or weight.shape != short.weight.shape:
         return None, None
-    final = Norm(weight, eps_of(found), Input())
+    final = Reader(Norm(weight, eps_of(found)))
     if not is_norm_proven(found, final):
         return None, None
     own: Callable[..., Any] = found.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         made = None if torch.compiler.is_compiling() else final.take(x)
-        return own(x, *args, **kwargs) if made is None else made.values.view(x.shape)
+        return own(x, *args, **kwargs) if made is None else cast("Tensor", made.values).view(x.shape)
 
     found.forward = forward
     return found, final
@@ -301,7 +329,7 @@ def _install(layer: nn.Module, short: ShortWay, follower: nn.Module | None) -> N
 
 def _is_plain_call(x: Tensor, short: ShortWay, kwargs: dict[str, Any]) -> bool:
     """True for few tokens on the block's device, with a rotation and a cache, that nobody watches."""
-    rotation, weight = kwargs.get("position_embeddings"), short.first.weight
+    rotation, weight = kwargs.get("position_embeddings"), short.weight
     if x.dim() != 3 or x.numel() > LARGEST_M * x.shape[2] or x.dtype != weight.dtype or x.device != weight.device:
         return False
     if not (x.is_contiguous() and x.numel() and isinstance(rotation, tuple)):

@@ -7,7 +7,7 @@ layer: it is called with rows as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from anybit.hosts.modules import AnybitLinear
 from anybit.kernels.catalogue import Stored
-from anybit.kernels.triton.block import Input, Rows
-from anybit.kernels.triton.units import input_of, join, multiply
+from anybit.kernels.triton.block import AS_THEY_ARE, Rows, Wanted
+from anybit.kernels.triton.units import Product, join, wanted_by
 from anybit.numerics.formats import number_format
 
 __all__ = ["Products", "products_of"]
@@ -27,16 +27,24 @@ __all__ = ["Products", "products_of"]
 class Products:
     """Layers that read the same input.
 
-    input  how they want their rows
-    runs   one call for all, or one for each; rows made so -> [M, N of all, or of its layer]
+    runs   one call for all, or one for each: rows -> [M, N of all, or of its layer]
     rows   N of each layer
     bits   of their activations, the fewest; 16 where none are quantized
     """
 
-    input: Input
     runs: tuple[Callable[[Rows], Tensor], ...]
     rows: tuple[int, ...]
     bits: int
+    _wanted: dict[int, Wanted] = field(default_factory=dict)
+
+    def wanted(self, tokens: int, device: torch.device) -> Wanted:
+        """What they all read."""
+        found = self._wanted.get(tokens)
+        if found is None:
+            products = [run for run in self.runs if isinstance(run, Product)]
+            alike = len(products) == len(self.runs)
+            found = self._wanted[tokens] = wanted_by(products, tokens, device) if alike else AS_THEY_ARE
+        return found
 
     def __call__(self, rows: Rows) -> list[Tensor]:
         """[M, N] of each layer; rows of joined layers lie as far apart as the whole is wide."""
@@ -46,11 +54,11 @@ class Products:
 
 
 def products_of(
-    modules: Sequence[nn.Module], dtype: torch.dtype, *, is_plain: bool = False
+    modules: Sequence[nn.Module], dtype: torch.dtype, *, is_alone: bool = False
 ) -> Products | None:
     """The layers as few calls; None if one of them is no linear layer. Joined layers keep windows on the whole.
 
-    is_plain  their input is made by a kernel that does not quantize
+    is_alone  their kernels quantize what they read: whoever makes it does not
     """
     sizes = [getattr(module, "out_features", None) for module in modules]
     if any(not isinstance(size, int) or not isinstance(m, (AnybitLinear, nn.Linear))
@@ -59,15 +67,13 @@ def products_of(
     rows = tuple(cast("list[int]", sizes))
     schemes = [m.product.scheme for m in modules if isinstance(m, AnybitLinear)]
     bits = min((number_format(s.activation.element).bits for s in schemes if s.activation is not None), default=16)
-    ours = [m for m in modules if isinstance(m, AnybitLinear) and _is_a_product(m) and not is_plain]
-    inputs = [found for m in ours if (found := input_of(m.product.stored)) is not None]
-    if len(inputs) < len(modules) or not all(inputs[0].is_like(other) for other in inputs):
-        return Products(Input(), tuple(partial(_called, m) for m in modules), rows, bits)
+    ours = [m for m in modules if isinstance(m, AnybitLinear) and _is_a_product(m)]
+    if len(ours) < len(modules) or is_alone:
+        return Products(tuple(partial(_called, m) for m in modules), rows, bits)
     whole = _joined(ours)
     if whole is not None:
-        return Products(inputs[0], (partial(_product, *whole, dtype),), rows, bits)
-    return Products(inputs[0], tuple(partial(_product, m.product.stored, m.product.bias, dtype) for m in ours), rows,
-                    bits)
+        return Products((Product(*whole, dtype),), rows, bits)
+    return Products(tuple(Product(m.product.stored, m.product.bias, dtype) for m in ours), rows, bits)
 
 
 def _is_a_product(module: AnybitLinear) -> bool:
@@ -90,10 +96,6 @@ def _joined(modules: Sequence[AnybitLinear]) -> tuple[Stored, Tensor | None] | N
     for module, window in zip(modules, windows, strict=True):
         module.rebind(window)
     return whole, torch.cat(given) if given else None
-
-
-def _product(stored: Stored, bias: Tensor | None, dtype: torch.dtype, rows: Rows) -> Tensor:
-    return multiply(stored, rows, bias, dtype)
 
 
 def _called(module: nn.Module, rows: Rows) -> Tensor:

@@ -15,17 +15,15 @@ from anybit.kernels.triton.recipes import (
     ARITHMETIC,
     Spec,
     can_fake_quantize,
-    can_quantize,
     constants_of,
     has_native_e4m3,
+    needs_row,
     reads_row,
-    statistic_of,
 )
 from anybit.platforms.archs import ARCHS
 from anybit.schemes import ActivationSpec
 
-__all__ = ["LARGEST_M", "NAME", "PLAIN", "attention_launch", "compile_cases", "gate_launch", "input_constants",
-           "is_made_in_passing", "norm_launch"]
+__all__ = ["LARGEST_M", "NAME", "PLAIN", "attention_launch", "compile_cases", "gate_launch", "norm_launch"]
 
 NAME: Final = "triton-block"
 LARGEST_M: Final = 8  # tokens of all sequences together
@@ -48,19 +46,10 @@ PLAIN: Final[dict[str, Any]] = {
 }
 
 
-def is_made_in_passing(spec: Spec) -> bool:
-    """True if the kernel that makes rows can quantize them too: symmetric, by row or by whole groups of one row."""
-    if can_quantize(spec) is not None or ARITHMETIC[spec.recipe].is_shifted:
-        return False
-    if spec.granularity == "group":
-        return spec.group_size == _power_of_two(spec.group_size) and spec.group_size >= 8
-    return statistic_of(spec) in ("none", "absmax")
-
-
 def input_constants(
     spec: Spec, *, has_given: bool, scales: bool, outer: bool, values: bool, own: bool, fnuz: bool, native: bool
 ) -> dict[str, Any]:
-    """Compile-time constants of a quantized input."""
+    """Compile-time constants of a quantized input, as `quantizers.Quantizer.constants` gives them."""
     in_groups = spec.granularity == "group"
     return {**constants_of(spec), "MODE": 2 if in_groups else 1, "HAS_GIVEN": has_given, "READS_ROW": reads_row(spec),
             "SCALES": scales and in_groups, "OUTER": outer, "VALUES": values, "OWN": own, "FNUZ": fnuz,
@@ -113,7 +102,7 @@ def norm_launch(spec: Spec | None, columns: int) -> RowLaunch:
 def gate_launch(spec: Spec | None, columns: int) -> RowLaunch:
     """Several programs share a row unless its scale is one for all of it."""
     size = _group_of(spec)
-    is_whole = spec is not None and (spec.granularity != "group" or reads_row(spec))
+    is_whole = spec is not None and needs_row(spec)
     return _tile(columns if is_whole else min(columns, max(_GATE_TILE // 2, size)), size)
 
 
@@ -193,7 +182,7 @@ def _attention_case(
                 "out_ptr")
     integers = ("q_stride", "k_stride", "v_stride", "turn_batch", "turn_token", "key_batch", "key_head", "value_batch",
                 "value_head", "mask_batch", "mask_token", "held", "room", "heads")
-    types = {**dict.fromkeys(pointers, f"*{dtype}"), "mask_ptr": "*i1" if counted else f"*{dtype}",
+    types = {**dict.fromkeys(pointers, f"*{dtype}"), "mask_ptr": "*u8" if counted else f"*{dtype}",
              "count_ptr": "*i64" if counted else f"*{dtype}", "part_ptr": "*fp32", "peak_ptr": "*fp32",
              "arrived_ptr": "*i32", **dict.fromkeys(integers, "i32"), "scaling": "fp32", "eps": "fp32"}
     constants = {"T": tokens, "GROUP": 4, "ROWS": launch.rows, "DIM": dim, "HALF": launch.half, "BN": launch.block,

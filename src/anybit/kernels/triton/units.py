@@ -1,8 +1,8 @@
 """Products of few tokens in a decoder block on a GPU: layers that read the same input as one, inputs quantized once.
 
 `join` puts the stored weights of several layers below each other and gives each layer back its rows as a window on
-them, so that nothing is held twice; a host that calls a layer alone multiplies with its window. `input_of` says what a
-stored weight's kernel reads, so that whoever makes the rows quantizes them, and `multiply` takes such rows.
+them, so that nothing is held twice; a host that calls a layer alone multiplies with its window. A `Product` says what
+its kernel reads, so that whoever makes the rows quantizes them, and takes such rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Final, cast
+from typing import Final, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,15 +19,18 @@ from torch import Tensor
 from anybit.kernels.catalogue import Stored
 from anybit.kernels.linear.dense_torch import StoredDense
 from anybit.kernels.linear.tiled_torch import as_bits
-from anybit.kernels.triton.block import Input, Rows, input_for
+from anybit.kernels.triton.block import AS_THEY_ARE, Rows, Wanted
+from anybit.kernels.triton.launching import Call
+from anybit.kernels.triton.opaque import Opaque
 from anybit.kernels.triton.planes import StoredPlanes
-from anybit.kernels.triton.planes_form import ROWS, counters
-from anybit.kernels.triton.quantizers import Quantized
+from anybit.kernels.triton.planes_form import ROWS
+from anybit.kernels.triton.quantizers import QuantizerPlan
 from anybit.kernels.triton.skinny import StoredSkinny
 from anybit.kernels.triton.w8a8 import StoredRows8
 
-__all__ = ["Joined", "input_of", "join", "multiply"]
+__all__ = ["Joined", "Product", "join", "wanted_by"]
 
+_Kind = TypeVar("_Kind", StoredPlanes, StoredRows8, StoredDense)
 Windows = list[dict[str, Tensor]]  # of each part: its tensors by name, floats as bit patterns
 Joined = tuple[Stored, Windows]
 
@@ -53,6 +56,16 @@ def _starts(parts: Sequence[StoredPlanes | StoredRows8 | StoredDense]) -> list[i
     return starts
 
 
+def _copied(first: _Kind, rows: int) -> _Kind:
+    """A stored weight like the first part's, of its own identity for compilers and graphs, still with its tensors."""
+    whole = copy.copy(first)
+    whole.shape = (rows, first.shape[1])
+    if isinstance(whole, Opaque):
+        Opaque.__init__(whole)
+        whole._captured = []  # type: ignore[attr-defined]
+    return whole
+
+
 def _equal(first: Mapping[str, Tensor], others: Sequence[Mapping[str, Tensor]]) -> bool:
     """True if all hold the same tensors."""
     return all(set(first) == set(o) and all(torch.equal(first[n], o[n]) for n in first) for o in others)
@@ -67,10 +80,10 @@ def _join_planes(given: Sequence[Stored]) -> Joined | None:
     parts = cast("Sequence[StoredPlanes]", given)
     first = parts[0]
     packs = [p._packed for p in parts]
-    wanted = (first._form, first._spec, first._is_pinned, set(packs[0].tensors) - _levels(packs[0].tensors))
+    wanted = (packs[0].form, first._spec, first._is_pinned, set(packs[0].tensors) - _levels(packs[0].tensors))
     for part in parts:
         pack = part._packed
-        alike = (part._form, part._spec, part._is_pinned, set(pack.tensors) - _levels(pack.tensors)) == wanted
+        alike = (pack.form, part._spec, part._is_pinned, set(pack.tensors) - _levels(pack.tensors)) == wanted
         if not alike or "permutation" in pack.tensors:
             return None
     if any(p.shape[0] % ROWS for p in parts) or not _equal(first._activation, [p._activation for p in parts]):
@@ -84,12 +97,9 @@ def _join_planes(given: Sequence[Stored]) -> Joined | None:
         {name: as_bits(t.narrow(_ROW_AXIS[name], start, stop - start)) for name, t in tensors.items()}
         for start, stop in pairwise(starts)
     ]
-    beside = {"counters": torch.zeros(counters(starts[-1]), dtype=torch.int32, device=tensors["row"].device)}
-    if "table" in packs[0].tensors:
-        beside["table"] = packs[0].tensors["table"]
+    beside = {"table": packs[0].tensors["table"]} if "table" in packs[0].tensors else {}
     factor = packs[0].factor if len({pack.factor for pack in packs}) == 1 else None
-    whole = copy.copy(first)
-    whole.shape = (starts[-1], first.shape[1])
+    whole = _copied(first, starts[-1])
     whole._packed = replace(packs[0], shape=whole.shape, tensors=tensors | beside, factor=factor,
                             is_half=all(pack.is_half for pack in packs))
     whole._dtypes = {name: t.dtype for name, t in whole._held().items()}
@@ -105,18 +115,15 @@ def _levels(tensors: Mapping[str, Tensor]) -> set[str]:
 def _join_rows8(given: Sequence[Stored]) -> Joined | None:
     parts = cast("Sequence[StoredRows8]", given)
     first = parts[0]
-    wanted = (first._problem, first._pinned, first._is_flavoured, first._codes.device, first._sums is None,
-              first._zeros is None, tuple(first._kernels.items()))
-    for part in parts:
-        if (part._problem, part._pinned, part._is_flavoured, part._codes.device, part._sums is None,
-                part._zeros is None, tuple(part._kernels.items())) != wanted:
-            return None
+    kinds = {(part._product, part._pinned, part._is_flavoured, part._codes.device, part._sums is None,
+              part._zeros is None, part._kernels.steps) for part in parts}
+    if len(kinds) > 1:
+        return None
     down = first._product.w_rows if first._product.w_group else 1
     if any(p.shape[0] % max(down, 16) for p in parts) or not _equal(first._static, [p._static for p in parts]):
         return None
     starts = _starts(parts)
-    whole = copy.copy(first)
-    whole.shape = (starts[-1], first.shape[1])
+    whole = _copied(first, starts[-1])
     windows: Windows = [{} for _ in parts]
     for name, of_a_row in (("codes", 1), ("factor", down), ("sums", 1), ("zeros", 1)):
         tensors = [getattr(part, f"_{name}") for part in parts]
@@ -126,7 +133,7 @@ def _join_rows8(given: Sequence[Stored]) -> Joined | None:
         setattr(whole, f"_{name}", together)
         for window, (start, stop) in zip(windows, pairwise(starts), strict=True):
             window[name] = as_bits(together[start // of_a_row : stop // of_a_row])
-    whole._counters = torch.zeros_like(first._counters)
+    whole._calls, whole._quantizers = {}, {}
     return cast("Stored", whole), windows
 
 
@@ -136,11 +143,10 @@ def _join_dense(given: Sequence[Stored]) -> Joined | None:
     if len({(p._tensor.dtype, p._tensor.device, p._pinned) for p in parts}) > 1:
         return None
     starts = _starts(parts)
-    whole = copy.copy(first)
-    whole.shape = (starts[-1], first.shape[1])
+    whole = _copied(first, starts[-1])
     whole._tensor = torch.cat([p._tensor for p in parts])
     if isinstance(whole, StoredSkinny):
-        whole._counters = torch.zeros_like(whole._counters)
+        whole._calls = {}
     return whole, [{"weight": whole._tensor[a:b]} for a, b in pairwise(starts)]
 
 
@@ -149,34 +155,58 @@ _JOINS: Final[Mapping[type, Callable[[Sequence[Stored]], Joined | None]]] = {
 }
 
 
-# --- inputs -----------------------------------------------------------------------------------------------------------
+# --- products ---------------------------------------------------------------------------------------------------------
 
 
-def input_of(stored: Stored) -> Input | None:
-    """What the kernel of a stored weight reads: rows as they are, or quantized so; None where only it can make them."""
-    if not stored.quantizes_input:
-        return Input()
-    if isinstance(stored, StoredPlanes):
-        assert stored._spec is not None
-        return None if stored._permutation is not None else input_for(
-            stored._spec, stored._activation, as_values=torch.bfloat16, own=True)
-    if isinstance(stored, StoredRows8):
-        kind = stored.operand_kind()
-        if kind is None or stored._product.w_shifted:
-            return None
-        values = torch.float16 if kind == "float16" else None
-        return input_for(stored._product.activation, stored._static, columns=stored._codes.shape[1], as_values=values,
-                         fnuz=kind == "fp8_e4m3fnuz")
-    return None
+class Product:
+    """One stored weight as a block calls it: rows of few tokens, quantized beforehand where its recipe allows."""
+
+    def __init__(self, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> None:
+        """`dtype` of the rows before they are quantized, and of the result."""
+        self.stored, self._bias, self._dtype = stored, bias, dtype
+        self._calls: dict[int, Call | None] = {}
+
+    def _call(self, tokens: int, device: torch.device) -> Call | None:
+        """The launches for so many tokens where another kernel can make their input; else None."""
+        if tokens not in self._calls:
+            call = None
+            if isinstance(self.stored, (StoredPlanes, StoredRows8)) and self.stored.quantizes_input:
+                like = torch.empty((tokens, self.stored.shape[1]), dtype=self._dtype, device=device)
+                call = self.stored.launches(like, self._bias, self._dtype)
+            if call is not None and (not isinstance(call.quantize, QuantizerPlan) or not call.quantize.is_simple):
+                call = None
+            self._calls[tokens] = call
+        return self._calls[tokens]
+
+    def wanted(self, tokens: int, device: torch.device) -> Wanted:
+        """What it reads."""
+        call = self._call(tokens, device)
+        if call is None:
+            return AS_THEY_ARE
+        assert isinstance(call.quantize, QuantizerPlan)
+        return Wanted(call.quantize.quantizer, call.quantize, call.scratch_bytes)
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """rows, made as `wanted` says or as they are, times W^T plus bias: [M, N]."""
+        if rows.values is not None:
+            return self.stored.linear(rows.values, "decode", self._bias, self._dtype)
+        assert rows.scratch is not None
+        call = self._calls[rows.tokens]
+        assert call is not None
+        return call.of_made(rows.scratch, self._bias)
 
 
-def multiply(stored: Stored, rows: Rows, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """rows, made as `input_of` says, times W^T plus bias: [M, N] in `out_dtype`."""
-    if not stored.quantizes_input:
-        return stored.linear(rows.values, "decode", bias, out_dtype)
-    if isinstance(stored, StoredPlanes):
-        return stored._multiply(rows.values, rows.scale, bias, out_dtype)
-    assert isinstance(stored, StoredRows8) and rows.scale is not None
-    return stored.linear_of_codes(Quantized(rows.values, rows.scale), bias, out_dtype)
+def wanted_by(products: Sequence[Product], tokens: int, device: torch.device) -> Wanted:
+    """What serves all of them; rows as they are where they differ."""
+    each = [product.wanted(tokens, device) for product in products]
+    first = each[0]
+    if first.quantizer is None or not all(_is_like(first, other) for other in each):
+        return AS_THEY_ARE
+    return replace(first, scratch_bytes=max(w.scratch_bytes for w in each))
 
 
+def _is_like(first: Wanted, other: Wanted) -> bool:
+    if first.quantizer is None or other.quantizer is None or first.quantizer.form != other.quantizer.form:
+        return False
+    given = [w.static for w in (first.quantizer, other.quantizer) if w.static is not None]
+    return len(given) != 1 and (not given or torch.equal(*given))
