@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from anybit.kernels.triton import block_jit as jit
-from anybit.kernels.triton.block_launch import PLAIN, attention_launch, gate_launch, is_chained, norm_launch
+from anybit.kernels.triton.block_launch import PLAIN, attention_launch, gate_launch, norm_launch
 from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.launching import Argument, Launch, Piece, Zeros, remember
 from anybit.kernels.triton.quantizers import Quantizer, QuantizerPlan
@@ -75,11 +75,6 @@ class Wanted:
 AS_THEY_ARE: Final = Wanted()
 
 
-def _options(device: torch.device) -> dict[str, bool]:
-    """Of a launch that waits for the kernel before it itself."""
-    return {"launch_pdl": True} if is_chained(arch_of(device)) else {}
-
-
 class _Made(NamedTuple):
     """Of a launch: places of rows, scales, global factors, and the static number; columns and groups; constants."""
 
@@ -129,9 +124,8 @@ class Norm:
             [x.dtype, x.dtype if has_delta else weight, weight, x.dtype if has_delta else weight, *made.places,
              torch.int64 if counts else weight, m, k, *made.sizes, x.stride(0) if m > 1 else k,
              k if delta is None or m == 1 else delta.stride(0), self.eps, int],
-            {"HAS_DELTA": has_delta, "COUNTS": counts, **made.constants, "BG": tile.groups, "GS": tile.size,
-             "CHAINED": is_chained(arch_of(x.device))},
-            x.device, num_warps=tile.warps, enable_fp_fusion=False, **_options(x.device),
+            {"HAS_DELTA": has_delta, "COUNTS": counts, **made.constants, "BG": tile.groups, "GS": tile.size},
+            x.device, num_warps=tile.warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -161,9 +155,8 @@ class Gate:
         strides = [t.stride(0) if m > 1 else k for t in (gate, up)]
         launch = Launch(
             jit.gate_rows, [gate.dtype, gate.dtype, *made.places, m, k, *made.sizes, *strides],
-            {**made.constants, "BG": tile.groups, "GS": tile.size, "WHOLE": tile.groups >= groups,
-             "CHAINED": is_chained(arch_of(gate.device))},
-            gate.device, num_warps=tile.warps, enable_fp_fusion=False, **_options(gate.device),
+            {**made.constants, "BG": tile.groups, "GS": tile.size, "WHOLE": tile.groups >= groups},
+            gate.device, num_warps=tile.warps, enable_fp_fusion=False,
         )  # fmt: skip
         return launch, -(-groups // tile.groups)
 
@@ -242,9 +235,8 @@ class Attention:
              values.stride(0), values.stride(1), int, int, int, room, self.kv_heads, self.scaling, self.eps],
             {"T": tokens, "GROUP": group, "ROWS": tile.rows, "DIM": self.dim, "HALF": tile.half, "BN": tile.block,
              "SPLITS": tile.splits, "Q_NORM": self.q_norm is not None, "K_NORM": self.k_norm is not None,
-             "MASK": mask is not None, "COUNTED": counted, 
-             "CHAINED": is_chained(arch_of(q.device))},
-            q.device, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False, **_options(q.device),
+             "MASK": mask is not None, "COUNTED": counted},
+            q.device, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
         return _AttentionCall(launch, (pairs, tile.splits), size)
 

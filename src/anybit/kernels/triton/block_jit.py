@@ -115,13 +115,11 @@ def norm_rows(
     IS_INTEGER: tl.constexpr, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr, EMAX: tl.constexpr, TOP: tl.constexpr,
     MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr, BITS: tl.constexpr, NAN_CODE: tl.constexpr, HAS_GIVEN: tl.constexpr,
     READS_ROW: tl.constexpr, SCALES: tl.constexpr, OUTER: tl.constexpr, VALUES: tl.constexpr, OWN: tl.constexpr,
-    FNUZ: tl.constexpr, NATIVE: tl.constexpr, BG: tl.constexpr, GS: tl.constexpr, CHAINED: tl.constexpr,
+    FNUZ: tl.constexpr, NATIVE: tl.constexpr, BG: tl.constexpr, GS: tl.constexpr,
 ):  # fmt: skip
     """The root-mean-square norm of rows x [M, K] (plus delta, the sum stored as the new residual), for a product.
 
     One program a row. COUNTS: the cache's count of tokens grows by `added`, now that its readers have run.
-    CHAINED: launched while the kernel before it ends, which it waits for here, as the next one does for this one
-    (programmatic dependent launch).
     """
     m = tl.program_id(0)
     group = tl.arange(0, BG)
@@ -129,8 +127,6 @@ def norm_rows(
     counts = column < K
     D: tl.constexpr = x_ptr.dtype.element_ty
     weight = tl.load(weight_ptr + column, mask=counts, other=0.0)
-    if CHAINED:
-        tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + m.to(tl.int64) * x_stride + column, mask=counts, other=0.0).to(tl.float32)
     if HAS_DELTA:
         delta = tl.load(delta_ptr + m.to(tl.int64) * delta_stride + column, mask=counts, other=0.0)
@@ -143,8 +139,6 @@ def norm_rows(
     if COUNTS:  # noqa: SIM102 - one branch is compiled, the other is run
         if m == 0:
             tl.store(count_ptr, tl.load(count_ptr) + added)
-    if CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
     store_input(y, m, group, column, out_ptr, scale_ptr, outer_ptr, given_ptr, M, K, KP, G, MODE, RULE, EXPONENT,
                 DIVIDE, BOUND, IS_INTEGER, MANTISSA, SMALLEST, EMAX, TOP, MINIMUM, MAXIMUM, BITS, NAN_CODE, HAS_GIVEN,
                 READS_ROW, SCALES, OUTER, VALUES, OWN, FNUZ, NATIVE, BG, GS, True)  # fmt: skip
@@ -158,14 +152,8 @@ def gate_rows(
     MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr, BITS: tl.constexpr, NAN_CODE: tl.constexpr, HAS_GIVEN: tl.constexpr,
     READS_ROW: tl.constexpr, SCALES: tl.constexpr, OUTER: tl.constexpr, VALUES: tl.constexpr, OWN: tl.constexpr,
     FNUZ: tl.constexpr, NATIVE: tl.constexpr, BG: tl.constexpr, GS: tl.constexpr, WHOLE: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate) * up of [M, K], for a product. Program (row, BG groups of columns); WHOLE: all of them.
-
-    CHAINED: as in norm_rows.
-    """
-    if CHAINED:
-        tl.extra.cuda.gdc_wait()
+    """silu(gate) * up of [M, K], for a product. Program (row, BG groups of columns); WHOLE: all of them."""
     m = tl.program_id(0)
     group = tl.program_id(1) * BG + tl.arange(0, BG)
     column = group[:, None] * GS + tl.arange(0, GS)[None, :]
@@ -175,8 +163,6 @@ def gate_rows(
     up = tl.load(up_ptr + m.to(tl.int64) * up_stride + column, mask=counts, other=0.0).to(tl.float32)
     lit = tl.div_rn(gate, 1.0 + tl.exp(-gate)).to(D).to(tl.float32)
     y = (lit * up).to(D).to(tl.float32)
-    if CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
     store_input(y, m, group, column, out_ptr, scale_ptr, outer_ptr, given_ptr, M, K, KP, G, MODE, RULE, EXPONENT,
                 DIVIDE, BOUND, IS_INTEGER, MANTISSA, SMALLEST, EMAX, TOP, MINIMUM, MAXIMUM, BITS, NAN_CODE, HAS_GIVEN,
                 READS_ROW, SCALES, OUTER, VALUES, OWN, FNUZ, NATIVE, BG, GS, WHOLE)  # fmt: skip
@@ -207,7 +193,6 @@ def decode_attention(
     value_batch, value_head, mask_batch, mask_token, held, room, heads, scaling, eps,
     T: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, MASK: tl.constexpr, COUNTED: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """T new tokens a sequence: rotated, put into the cache, and attending to it; out [B T, heads GROUP DIM].
 
@@ -216,10 +201,7 @@ def decode_attention(
     from where the cache is. MASK: bool [B, .., T, room], which positions a token sees; else all held ones and the new
     ones up to itself. Scores, softmax and sums are float32; weights of values go in as two numbers of D.
     The last part takes the new tokens. The last program of a sequence and head to arrive adds the parts in their order.
-    CHAINED: as in norm_rows.
     """
-    if CHAINED:
-        tl.extra.cuda.gdc_wait()
     D: tl.constexpr = out_ptr.dtype.element_ty
     pair = tl.program_id(0)
     split = tl.program_id(1)
@@ -319,8 +301,6 @@ def decode_attention(
             total = total * fade + p
             acc = acc * fade[:, None] + p[:, None] * v_new.to(tl.float32)[None, :]
             peak = top
-    if CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
     out_at = (b * T + t).to(tl.int64)[:, None] * (heads * GROUP * DIM) + (h * GROUP + g)[:, None] * DIM + dim[None, :]
     goes = real[:, None] & (dim < DIM)[None, :]
     if SPLITS == 1:

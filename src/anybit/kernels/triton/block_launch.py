@@ -23,8 +23,7 @@ from anybit.kernels.triton.recipes import (
 from anybit.platforms.archs import ARCHS
 from anybit.schemes import ActivationSpec
 
-__all__ = ["LARGEST_M", "NAME", "PLAIN", "attention_launch", "compile_cases", "gate_launch", "is_chained",
-           "norm_launch"]
+__all__ = ["LARGEST_M", "NAME", "PLAIN", "attention_launch", "compile_cases", "gate_launch", "norm_launch"]
 
 NAME: Final = "triton-block"
 LARGEST_M: Final = 8  # tokens of all sequences together
@@ -55,11 +54,6 @@ def input_constants(
     return {**constants_of(spec), "MODE": 2 if in_groups else 1, "HAS_GIVEN": has_given, "READS_ROW": reads_row(spec),
             "SCALES": scales and in_groups, "OUTER": outer, "VALUES": values, "OWN": own, "FNUZ": fnuz,
             "NATIVE": native}
-
-
-def is_chained(arch: str) -> bool:
-    """True where each kernel of a block is launched while the one before it ends."""
-    return False
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -167,16 +161,14 @@ def _row_cases(spec: ActivationSpec | None, label: str, arch: str, dtype: str) -
         {"x_ptr": pointer, "delta_ptr": pointer, "weight_ptr": pointer, "sum_ptr": pointer, **own, "count_ptr": "*i64",
          "M": "i32", "K": "i32", "KP": "i32", "G": "i32", "x_stride": "i32", "delta_stride": "i32", "eps": "fp32",
          "added": "i32"},
-        {**constants, "HAS_DELTA": True, "COUNTS": True, "BG": launch.groups, "GS": launch.size,
-         "CHAINED": is_chained(arch)},
+        {**constants, "HAS_DELTA": True, "COUNTS": True, "BG": launch.groups, "GS": launch.size},
         divisible=("K", "KP", "x_stride", "delta_stride"), num_warps=launch.warps, options=options)
     launch = gate_launch(spec, 14336)
     gate = CompileCase(
         NAME, f"{_MODULE}:gate_rows", arch, f"gate {dtype}, {label}",
         {"gate_ptr": pointer, "up_ptr": pointer, **own, "M": "i32", "K": "i32", "KP": "i32", "G": "i32",
          "gate_stride": "i32", "up_stride": "i32"},
-        {**constants, "BG": launch.groups, "GS": launch.size, "WHOLE": launch.groups * launch.size >= 14336,
-         "CHAINED": is_chained(arch)},
+        {**constants, "BG": launch.groups, "GS": launch.size, "WHOLE": launch.groups * launch.size >= 14336},
         divisible=("K", "KP", "gate_stride", "up_stride"), num_warps=launch.warps, options=options)
     return [norm, gate]
 
@@ -194,8 +186,7 @@ def _attention_case(
              "count_ptr": "*i64" if counted else f"*{dtype}", "part_ptr": "*fp32", "peak_ptr": "*fp32",
              "arrived_ptr": "*i32", **dict.fromkeys(integers, "i32"), "scaling": "fp32", "eps": "fp32"}
     constants = {"T": tokens, "GROUP": 4, "ROWS": launch.rows, "DIM": dim, "HALF": launch.half, "BN": launch.block,
-                 "SPLITS": launch.splits, "Q_NORM": norms, "K_NORM": norms, "MASK": counted, "COUNTED": counted,
-                 "CHAINED": is_chained(arch)}
+                 "SPLITS": launch.splits, "Q_NORM": norms, "K_NORM": norms, "MASK": counted, "COUNTED": counted}
     label = f"attention {dtype} heads of {dim}, {tokens} tokens, {'static' if counted else 'growing'}"
     return CompileCase(
         NAME, f"{_MODULE}:decode_attention", arch, label, types, constants,
