@@ -142,7 +142,8 @@ def check_packed_layers() -> None:
         calls = counted()
         found, _ = steps(model, "static")
         assert calls[0] == 4
-        assert share(found, logits) < 0.1, (name, share(found, logits))  # codes of activations turn with a rounding
+        # a rounding that falls to the other side turns codes of activations, by a large step where they have 4 bits
+        assert share(found, logits) < (0.3 if name in ("nvfp4", "mxfp4") else 0.1), (name, share(found, logits))
         for path, weight in before.items():
             assert torch.equal(model.get_submodule(path).product.stored.dequantize(), weight), (name, path)
 

@@ -130,7 +130,7 @@ class _Probe:
         return (
             _close(kept.keys, own.keys, _MADE_ONCE) and _close(kept.values, own.values, _MADE_ONCE)
             and _close(attended, read, _ATTENDED) and _close(total, middle, _MADE_ONCE)
-            and _close((total + down).float() - total.float(), wanted.float() - middle.float(), added)
+            and _close(total + down - total, wanted - middle, added)
         )  # fmt: skip
 
 
@@ -153,6 +153,5 @@ def _close(found: Tensor, wanted: Tensor, roundings: float) -> bool:
     """True if the difference is at most so many roundings of the dtype, by the root of the mean square."""
     if found.shape != wanted.shape:
         return False
-    unit = _UNIT.get(found.dtype, 2.0**-8)
     error = (found.float() - wanted.float()).square().mean().sqrt()
-    return bool(error <= roundings * unit * wanted.float().square().mean().sqrt())
+    return bool(error <= roundings * _UNIT[wanted.dtype] * wanted.float().square().mean().sqrt())

@@ -115,10 +115,16 @@ def attention_launch(dim: int, rows: int, pairs: int, room: int, arch: str) -> A
     vendor = ARCHS[arch].vendor if arch in ARCHS else "cpu"
     half = max(16, _power_of_two(dim // 2))
     padded = max(_FEWEST_ROWS, _power_of_two(rows))
-    block = 64 if half <= 64 and padded <= 32 else 32
-    blocks = -(-room // block)
-    splits = max(1, min(_PROGRAMS[vendor] // pairs, blocks, 32))
-    return AttentionLaunch(padded, half, block, splits, 4, 1 if vendor == "amd" else 2)
+    # queries and sums stay in registers, and half as many threads a warp hold half of them
+    is_narrow = vendor == "amd" and ARCHS[arch].wave == 32
+    is_large = padded * half >= 2048
+    block = 32 if is_narrow or half > 64 or padded > 32 else 64
+    if is_narrow and is_large:
+        block, warps = 16, 16
+    else:
+        warps = 8 if is_large or (is_narrow and padded * half >= 1024) else 4
+    splits = max(1, min(_PROGRAMS[vendor] // pairs, -(-room // block), 32))
+    return AttentionLaunch(padded, half, block, splits, warps, 1 if vendor == "amd" else 2)
 
 
 # --- what the gate compiles -------------------------------------------------------------------------------------------
@@ -133,6 +139,7 @@ _SPECS: Final[Mapping[str, ActivationSpec | None]] = MappingProxyType({
     "int8 token": ActivationSpec("int8", True, "token", "int8_token"),
 })
 _DTYPES: Final = ("bf16", "fp16")
+_SPILLS: Final = 32  # of heads of 256 where a matrix instruction wants its operands twice: slower, and right
 _MODULE: Final = "anybit.kernels.triton.block_jit"
 
 
@@ -191,7 +198,8 @@ def _attention_case(
     return CompileCase(
         NAME, f"{_MODULE}:decode_attention", arch, label, types, constants,
         divisible=("q_stride", "k_stride", "v_stride", "key_batch", "key_head", "value_batch", "value_head"),
-        num_warps=launch.warps, num_stages=launch.stages, options={"enable_fp_fusion": False})
+        num_warps=launch.warps, num_stages=launch.stages, options={"enable_fp_fusion": False},
+        spills=_SPILLS if arch.startswith("gfx11") and dim > 128 else 0)
 
 
 def compile_cases(arch: str) -> list[CompileCase]:

@@ -41,11 +41,11 @@ def join(parts: Sequence[Stored]) -> Joined | None:
     Windows hold only what became part of the whole; other tensors of a part stay as they are. The whole serves
     products of few tokens: what decodes a weight asks its part.
     """
-    rule = _JOINS.get(type(parts[0]))
-    alike = len(parts) > 1 and all(type(p) is type(parts[0]) and len(p.shape) == 2 for p in parts)
-    if rule is None or not alike or len({p.shape[1] for p in parts}) > 1:
+    rules = {_JOINS.get(type(part)) for part in parts}
+    if len(parts) < 2 or len(rules) > 1 or any(len(p.shape) != 2 or p.shape[1] != parts[0].shape[1] for p in parts):
         return None
-    return rule(parts)
+    rule = rules.pop()
+    return None if rule is None else rule(parts)
 
 
 def _starts(parts: Sequence[StoredPlanes | StoredRows8 | StoredDense]) -> list[int]:
@@ -116,7 +116,7 @@ def _join_rows8(given: Sequence[Stored]) -> Joined | None:
     parts = cast("Sequence[StoredRows8]", given)
     first = parts[0]
     kinds = {(part._product, part._pinned, part._is_flavoured, part._codes.device, part._sums is None,
-              part._zeros is None, part._kernels.steps) for part in parts}
+              part._zeros is None, part._kernels["decode"]) for part in parts}
     if len(kinds) > 1:
         return None
     down = first._product.w_rows if first._product.w_group else 1
@@ -138,8 +138,9 @@ def _join_rows8(given: Sequence[Stored]) -> Joined | None:
 
 
 def _join_dense(given: Sequence[Stored]) -> Joined | None:
+    """The product of the largest part is that of the whole."""
     parts = cast("Sequence[StoredDense]", given)
-    first = parts[0]
+    first = max(parts, key=lambda part: part.shape[0])
     if len({(p._tensor.dtype, p._tensor.device, p._pinned) for p in parts}) > 1:
         return None
     starts = _starts(parts)
