@@ -17,7 +17,7 @@ from torch import Tensor
 from anybit.kernels.triton import block_jit as jit
 from anybit.kernels.triton.block_launch import PLAIN, attention_launch, gate_launch, norm_launch
 from anybit.kernels.triton.devices import arch_of
-from anybit.kernels.triton.launching import Argument, Launch, Piece, Zeros, remember
+from anybit.kernels.triton.launching import Argument, Launch, Piece, Zeros, remember, stream_of
 from anybit.kernels.triton.quantizers import Quantizer, QuantizerPlan
 
 __all__ = ["AS_THEY_ARE", "Attention", "Gate", "Norm", "Rows", "Wanted"]
@@ -101,20 +101,20 @@ class Norm:
         """
         rows = wanted.rows(x)
         total = x if delta is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        key = (x.shape, x.stride(), x.dtype, None if delta is None else delta.stride(), count is None, wanted.key)
+        counts = 0 if count is None else added
+        key = (x.shape, x.stride(), x.dtype, None if delta is None else delta.stride(), counts, wanted.key)
         launch = self._launches.get(key)
         if launch is None:
-            launch = remember(self._launches, key, self._launch(x, wanted, delta, count is not None))
-        values: list[Tensor | int] = [x]
-        if delta is not None:
-            values += [delta, total]
+            launch = remember(self._launches, key, self._launch(x, wanted, delta, counts))
+        tensors = [x] if delta is None else [x, delta, total]
         if rows.values is not None:
-            values.append(rows.values)
-        values += [added] if count is None else [count, added]
-        launch(x.shape[0], 1, rows.scratch, values)
+            tensors.append(rows.values)
+        if count is not None:
+            tensors.append(count)
+        launch(x.shape[0], 1, stream_of(x.device.index), rows.scratch, tensors)
         return total, rows
 
-    def _launch(self, x: Tensor, wanted: Wanted, delta: Tensor | None, counts: bool) -> Launch:
+    def _launch(self, x: Tensor, wanted: Wanted, delta: Tensor | None, counts: int) -> Launch:
         (m, k), weight = x.shape, self.weight
         made = wanted.made(x, weight)
         tile = norm_launch(None if wanted.quantizer is None else wanted.quantizer.spec, k)
@@ -123,8 +123,8 @@ class Norm:
             jit.norm_rows,
             [x.dtype, x.dtype if has_delta else weight, weight, x.dtype if has_delta else weight, *made.places,
              torch.int64 if counts else weight, m, k, *made.sizes, x.stride(0) if m > 1 else k,
-             k if delta is None or m == 1 else delta.stride(0), self.eps, int],
-            {"HAS_DELTA": has_delta, "COUNTS": counts, **made.constants, "BG": tile.groups, "GS": tile.size},
+             k if delta is None or m == 1 else delta.stride(0), self.eps, counts],
+            {"HAS_DELTA": has_delta, "COUNTS": counts > 0, **made.constants, "BG": tile.groups, "GS": tile.size},
             x.device, num_warps=tile.warps, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -143,7 +143,8 @@ class Gate:
         if found is None:
             found = remember(self._launches, key, self._launch(gate, up, wanted))
         launch, programs = found
-        launch(gate.shape[0], programs, rows.scratch, (gate, up) if rows.values is None else (gate, up, rows.values))
+        tensors = (gate, up) if rows.values is None else (gate, up, rows.values)
+        launch(gate.shape[0], programs, stream_of(gate.device.index), rows.scratch, tensors)
         return rows
 
     def _launch(self, gate: Tensor, up: Tensor, wanted: Wanted) -> tuple[Launch, int]:
@@ -190,36 +191,39 @@ class Attention:
         keys, values [B, kv_heads, room, dim] with `held` tokens, a number or an int64 tensor of one;
         mask bool [1 or B, 1, T, seen]: which positions each token sees, None: those before it and itself.
         """
-        counted = isinstance(held, Tensor)
+        if mask is not None and not isinstance(held, Tensor):
+            mask = mask.contiguous()  # as wide as the cache is long: its strides grow with it
+        masked = None if mask is None else (mask.shape[0], *mask.stride()[:3:2]) if isinstance(held, Tensor) else (
+            mask.shape[0],)
         key = (q.shape, q.stride(), k.stride(), v.stride(), q.dtype, cosine.stride(), cosine.shape, keys.shape,
-               keys.stride(), values.stride(), mask is None, counted)
+               keys.stride(), values.stride(), masked, isinstance(held, Tensor))
         call = self._calls.get(key)
         if call is None:
-            call = remember(self._calls, key, self._call(q, k, v, cosine, keys, values, tokens, mask, counted))
+            call = remember(self._calls, key, self._call(q, k, v, cosine, keys, values, tokens, mask,
+                                                         counted=isinstance(held, Tensor)))
         out = torch.empty((q.shape[0], self.heads * self.dim), dtype=q.dtype, device=q.device)
         scratch = torch.empty(call.scratch_bytes, dtype=torch.uint8, device=q.device) if call.scratch_bytes else None
-        brought: list[Tensor | int] = [q, k, v, cosine, sine, keys, values]
+        tensors = [q, k, v, cosine, sine, keys, values]
         if mask is not None:
-            brought.append(mask.view(torch.uint8))
+            tensors.append(mask.view(torch.uint8))
         if isinstance(held, Tensor):
-            brought.append(held)
-        brought.append(out)
-        if mask is None:
-            brought += [0, 0]
-        else:
-            brought += [mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2)]
-        brought.append(0 if isinstance(held, Tensor) else held)
-        call.launch(call.grid[0], call.grid[1], scratch, brought)
+            tensors.append(held)
+        tensors.append(out)
+        known = 0 if isinstance(held, Tensor) else held
+        call.launch(call.grid[0], call.grid[1], stream_of(q.device.index), scratch, tensors, known)
         return out
 
     def _call(
         self, q: Tensor, k: Tensor, v: Tensor, cosine: Tensor, keys: Tensor, values: Tensor, tokens: int,
-        mask: Tensor | None, counted: bool,
+        mask: Tensor | None, *, counted: bool,
     ) -> _AttentionCall:  # fmt: skip
         batch, _, room, _ = keys.shape
         group, dtype, pairs = self.heads // self.kv_heads, q.dtype, batch * self.kv_heads
         tile = attention_launch(self.dim, group * tokens, pairs, room, arch_of(q.device))
         stand_in = torch.empty(1, dtype=dtype, device=q.device)
+        # of a mask: strides, or in rows of it
+        across, down = (0, 0) if mask is None else (mask.stride(0), mask.stride(2)) if counted else (tokens, 1)
+        across = 0 if mask is not None and mask.shape[0] == 1 else across
         parts, peaks, size = stand_in, stand_in, 0
         if tile.splits > 1:
             rows = pairs * tile.splits * tile.rows
@@ -232,7 +236,7 @@ class Attention:
              stand_in if mask is None else torch.uint8, torch.int64 if counted else stand_in, dtype, parts, peaks,
              Zeros(pairs, self._captured) if tile.splits > 1 else stand_in, q.stride(0), k.stride(0), v.stride(0),
              cosine.stride(0) if cosine.shape[0] > 1 else 0, cosine.stride(1), keys.stride(0), keys.stride(1),
-             values.stride(0), values.stride(1), int, int, int, room, self.kv_heads, self.scaling, self.eps],
+             values.stride(0), values.stride(1), across, down, int, room, self.kv_heads, self.scaling, self.eps],
             {"T": tokens, "GROUP": group, "ROWS": tile.rows, "DIM": self.dim, "HALF": tile.half, "BN": tile.block,
              "SPLITS": tile.splits, "Q_NORM": self.q_norm is not None, "K_NORM": self.k_norm is not None,
              "MASK": mask is not None, "COUNTED": counted},

@@ -106,7 +106,7 @@ def store_input(
                 tl.store(out_ptr + place, codes.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "added"])
+@triton.jit(do_not_specialize=["M"])
 def norm_rows(
     x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, scale_ptr, outer_ptr, given_ptr, count_ptr, M, K, KP, G, x_stride,
     delta_stride, eps, added,
@@ -186,7 +186,7 @@ def head_norm(low, high, factor_low, factor_high, eps, DIM: tl.constexpr, D: tl.
     return low, high
 
 
-@triton.jit(do_not_specialize=["held", "room", "heads", "mask_batch", "mask_token", "turn_batch", "turn_token"])
+@triton.jit(do_not_specialize=["held"])
 def decode_attention(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, keys_ptr, values_ptr, mask_ptr, count_ptr, out_ptr,
     part_ptr, peak_ptr, arrived_ptr, q_stride, k_stride, v_stride, turn_batch, turn_token, key_batch, key_head,
@@ -235,7 +235,8 @@ def decode_attention(
 
     keys = keys_ptr + b.to(tl.int64) * key_batch + h.to(tl.int64) * key_head
     values = values_ptr + b.to(tl.int64) * value_batch + h.to(tl.int64) * value_head
-    masks = mask_ptr + b.to(tl.int64) * mask_batch + t.to(tl.int64) * mask_token
+    width = 1 if COUNTED else held + T  # a growing cache's mask is as wide as the cache is long
+    masks = mask_ptr + (b.to(tl.int64) * mask_batch + t.to(tl.int64) * mask_token) * width
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, 2 * HALF), tl.float32)

@@ -21,7 +21,7 @@ from anybit.kernels.linear.dense_torch import StoredDense
 from anybit.kernels.linear.tiled_torch import as_bits
 from anybit.kernels.triton.block import AS_THEY_ARE, Rows, Wanted
 from anybit.kernels.triton.launching import Call
-from anybit.kernels.triton.opaque import Opaque
+from anybit.kernels.triton.opaque import Launched, Opaque
 from anybit.kernels.triton.planes import StoredPlanes
 from anybit.kernels.triton.planes_form import ROWS
 from anybit.kernels.triton.quantizers import QuantizerPlan
@@ -171,7 +171,7 @@ class Product:
         """The launches for so many tokens where another kernel can make their input; else None."""
         if tokens not in self._calls:
             call = None
-            if isinstance(self.stored, (StoredPlanes, StoredRows8)) and self.stored.quantizes_input:
+            if isinstance(self.stored, Launched) and self.stored.quantizes_input:
                 like = torch.empty((tokens, self.stored.shape[1]), dtype=self._dtype, device=device)
                 call = self.stored.launches(like, self._bias, self._dtype)
             if call is not None and (not isinstance(call.quantize, QuantizerPlan) or not call.quantize.is_simple):
