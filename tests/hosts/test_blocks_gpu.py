@@ -15,6 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from anybit.numerics.formats import number_format
+from conftest import CHECKPOINTS, genuine
+
 HERE = Path(__file__).resolve().parent
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -351,3 +354,25 @@ def test_a_captured_step_goes_on_token_after_token(name: str) -> None:
             graph.replay()
             assert torch.equal(logits, eager[i])
     assert all(int(layer.get_seq_length()) == 13 for layer in cache.layers)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("name", genuine(
+    "ct-llama-*", "ct-qwen*-fp8-*", "gptq-w4-g128-*", "awq-gemm-llama", "modelopt-*-llama", "quark-mxfp4-a-mxfp4-llama",
+    "fp8-block-e8m0-qwen3", "gguf-q4_k_m-llama"))
+def test_genuine_checkpoints_have_short_ways_that_equal_the_hosts(name: str) -> None:
+    import anybit
+
+    model = anybit.load(CHECKPOINTS / name, dtype="bfloat16", device="cuda")
+    layers = [m for m in model.modules() if hasattr(m, "self_attn")]
+    assert all("forward" in layer.__dict__ for layer in layers)
+    calls = counted()
+    short = {kind: steps(model, kind)[0] for kind in ("growing", "static")}
+    assert calls[0] == 8 * len(layers)
+    for layer in [*layers, model.model.norm]:
+        del layer.__dict__["forward"]
+    schemes = [m.product.scheme for m in model.modules() if hasattr(m, "product")]
+    bits = min((number_format(s.activation.element).bits for s in schemes if s.activation), default=16)
+    for kind, found in short.items():
+        assert share(found, steps(model, kind)[0]) < (0.3 if bits <= 6 else 0.1 if bits == 8 else ROUNDINGS), kind

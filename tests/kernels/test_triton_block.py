@@ -17,8 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from anybit.kernels.triton.block_launch import LARGEST_M, attention_launch, compile_cases, gate_launch, norm_launch
-from anybit.kernels.triton.recipes import is_made_in_passing
+from anybit.kernels.triton.block_launch import (
+    LARGEST_M,
+    attention_launch,
+    compile_cases,
+    gate_launch,
+    is_made_in_passing,
+    norm_launch,
+)
 from anybit.numerics.activations import RECIPES
 from anybit.platforms.archs import ARCHS
 from anybit.schemes import ActivationSpec
@@ -295,16 +301,19 @@ def test_recipes_that_look_beyond_the_row_have_kernels_of_their_own(spec: Activa
     assert not is_made_in_passing(spec)
 
 
-def test_what_only_a_quantizer_of_its_own_makes_has_no_constants() -> None:
+def test_zero_points_sums_and_statistics_of_a_call_want_a_quantizer_of_their_own() -> None:
     pytest.importorskip("triton")
+    from anybit.kernels.triton.block import makes_in_passing
     from anybit.kernels.triton.quantizers import Quantizer
 
     one = torch.ones(1)
-    static = {"scale": one, "zero_point": torch.ones(1, dtype=torch.int8)}
-    assert Quantizer(SPECS["int8_static_divide"], static, 64).constants("sm_90") is None
-    assert Quantizer(SPECS["int8_static_divide"], {"scale": one}, 64).constants("sm_90") is not None
-    assert Quantizer(SPECS["int8_token"], {}, 64, sums=True).constants("sm_90") is None
-    assert Quantizer(SPECS["torchao_nvfp4"], {}, 64).constants("sm_90") is None  # a statistic of the call
+    shifted = {"scale": one, "zero_point": torch.ones(1, dtype=torch.int8)}
+    assert makes_in_passing(Quantizer(SPECS["int8_static_divide"], {"scale": one}, 64))
+    assert not makes_in_passing(Quantizer(SPECS["int8_static_divide"], shifted, 64))
+    assert makes_in_passing(Quantizer(SPECS["int8_token"], {}, 64))
+    assert not makes_in_passing(Quantizer(SPECS["int8_token"], {}, 64, sums=True))
+    assert makes_in_passing(Quantizer(SPECS["torchao_nvfp4"], {"scale": one}, 64))
+    assert not makes_in_passing(Quantizer(SPECS["torchao_nvfp4"], {}, 64))  # the largest number of the call
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942", "gfx1100"])

@@ -25,8 +25,7 @@ from anybit.hosts.blocks import RECORDED, decoder_layers
 from anybit.hosts.blocks_parts import Products, products_of
 from anybit.hosts.modules import AnybitLinear
 from anybit.kernels.triton.block import AS_THEY_ARE, Attention, Gate, Norm, Rows
-from anybit.kernels.triton.block_launch import LARGEST_M, LARGEST_ROW
-from anybit.kernels.triton.recipes import needs_row
+from anybit.kernels.triton.block_launch import LARGEST_M, LARGEST_ROW, needs_row
 
 __all__ = ["shorten_steps"]
 

@@ -15,12 +15,19 @@ import torch
 from torch import Tensor
 
 from anybit.kernels.triton import block_jit as jit
-from anybit.kernels.triton.block_launch import PLAIN, attention_launch, gate_launch, norm_launch
+from anybit.kernels.triton.block_launch import (
+    PLAIN,
+    attention_launch,
+    gate_launch,
+    input_constants,
+    is_made_in_passing,
+    norm_launch,
+)
 from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.launching import Argument, Launch, Piece, Zeros, remember, stream_of
 from anybit.kernels.triton.quantizers import Quantizer, QuantizerPlan
 
-__all__ = ["AS_THEY_ARE", "Attention", "Gate", "Norm", "Rows", "Wanted"]
+__all__ = ["AS_THEY_ARE", "Attention", "Gate", "Norm", "Rows", "Wanted", "makes_in_passing"]
 
 
 class Rows(NamedTuple):
@@ -48,7 +55,7 @@ class Wanted:
     def key(self) -> tuple[Any, ...]:
         """What launches that make the same have in common."""
         quantizer = self.quantizer
-        return () if quantizer is None else (*quantizer.form, id(quantizer.static))
+        return () if quantizer is None else (quantizer.form, id(quantizer.static))
 
     def made(self, like: Tensor, stand_in: Tensor) -> _Made:
         """The arguments of a launch that makes it of rows [M, K] `like` these."""
@@ -57,11 +64,12 @@ class Wanted:
             places: list[Argument] = [like.dtype, stand_in, stand_in, stand_in]
             return _Made(places, (k, 1), PLAIN)
         pieces: Mapping[str, Piece] = self.plan.pieces
-        constants = self.quantizer.constants(arch_of(like.device))
-        assert constants is not None
+        form, static = self.quantizer.form, self.quantizer.static
+        constants = input_constants(
+            form.spec, arch_of(like.device), has_given=static is not None, values=form.values is not None,
+            own=form.own, fnuz=form.fnuz)
         columns, group = self.quantizer.columns, self.quantizer.spec.group_size
         groups = -(-columns // group) if self.quantizer.spec.granularity == "group" else 1
-        static = self.quantizer.static
         return _Made([pieces["codes"], pieces.get("scale", stand_in), pieces.get("outer", stand_in),
                       stand_in if static is None else static], (columns, groups), constants)
 
@@ -73,6 +81,13 @@ class Wanted:
 
 
 AS_THEY_ARE: Final = Wanted()
+
+
+def makes_in_passing(quantizer: Quantizer) -> bool:
+    """True if the kernels here make what a quantizer does: no zero points, sums, packed codes, nothing of a call."""
+    form = quantizer.form
+    is_simple = form.is_static and not (form.is_shifted or form.sums or form.packed or form.by_row)
+    return is_simple and is_made_in_passing(form.spec)
 
 
 class _Made(NamedTuple):

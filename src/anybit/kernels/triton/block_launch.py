@@ -15,15 +15,18 @@ from anybit.kernels.triton.recipes import (
     ARITHMETIC,
     Spec,
     can_fake_quantize,
+    can_quantize,
     constants_of,
+    element_of,
     has_native_e4m3,
-    needs_row,
     reads_row,
+    statistic_of,
 )
 from anybit.platforms.archs import ARCHS
 from anybit.schemes import ActivationSpec
 
-__all__ = ["LARGEST_M", "NAME", "PLAIN", "attention_launch", "compile_cases", "gate_launch", "norm_launch"]
+__all__ = ["LARGEST_M", "NAME", "PLAIN", "attention_launch", "compile_cases", "gate_launch", "input_constants",
+           "is_made_in_passing", "needs_row", "norm_launch"]
 
 NAME: Final = "triton-block"
 LARGEST_M: Final = 8  # tokens of all sequences together
@@ -46,14 +49,30 @@ PLAIN: Final[dict[str, Any]] = {
 }
 
 
+def is_made_in_passing(spec: Spec) -> bool:
+    """True if the kernel that makes rows can quantize them too: symmetric, by row or by whole groups of one row."""
+    if can_quantize(spec) is not None or ARITHMETIC[spec.recipe].is_shifted:
+        return False
+    if spec.granularity == "group":
+        return spec.group_size == _power_of_two(spec.group_size) and spec.group_size >= 8
+    return statistic_of(spec) in ("none", "absmax")
+
+
+def needs_row(spec: Spec) -> bool:
+    """True if a code depends on numbers of its row beyond its group; integer codes leave NaN to the row's scale."""
+    is_static = statistic_of(spec) == "none" and not element_of(spec.element).is_integer
+    return reads_row(spec) or (spec.granularity != "group" and not is_static)
+
+
 def input_constants(
-    spec: Spec, *, has_given: bool, scales: bool, outer: bool, values: bool, own: bool, fnuz: bool, native: bool
+    spec: Spec, arch: str, *, has_given: bool, values: bool, own: bool, fnuz: bool
 ) -> dict[str, Any]:
-    """Compile-time constants of a quantized input, as `quantizers.Quantizer.constants` gives them."""
+    """Compile-time constants of a quantized input: codes or values, of groups times their `own` scales or without."""
     in_groups = spec.granularity == "group"
+    native = spec.element == "fp8_e4m3fn" and not fnuz and not values and has_native_e4m3(arch)
     return {**constants_of(spec), "MODE": 2 if in_groups else 1, "HAS_GIVEN": has_given, "READS_ROW": reads_row(spec),
-            "SCALES": scales and in_groups, "OUTER": outer, "VALUES": values, "OWN": own, "FNUZ": fnuz,
-            "NATIVE": native}
+            "SCALES": in_groups and not own, "OUTER": in_groups and ARITHMETIC[spec.recipe].scale_codes == "fp8_e4m3fn",
+            "VALUES": values, "OWN": own and in_groups, "FNUZ": fnuz, "NATIVE": native}
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -150,12 +169,9 @@ def _input_case(spec: ActivationSpec | None, arch: str, dtype: str) -> tuple[dic
     by_value = can_fake_quantize(spec) is None and spec.granularity == "group"
     if not by_value:
         types["out_ptr"] = "*i8" if spec.element == "int8" else "*u8"
-    arithmetic = ARITHMETIC[spec.recipe]
-    native = spec.element == "fp8_e4m3fn" and not by_value and has_native_e4m3(arch)
     return types, input_constants(
-        spec, has_given=bool(arithmetic.given), scales=not by_value,
-        outer=by_value and arithmetic.scale_codes == "fp8_e4m3fn", values=by_value, own=by_value,
-        fnuz=not by_value and ARCHS[arch].fp8 == "fnuz" and spec.element == "fp8_e4m3fn", native=native)
+        spec, arch, has_given=bool(ARITHMETIC[spec.recipe].given), values=by_value, own=by_value,
+        fnuz=not by_value and ARCHS[arch].fp8 == "fnuz" and spec.element == "fp8_e4m3fn")
 
 
 def _row_cases(spec: ActivationSpec | None, label: str, arch: str, dtype: str) -> list[CompileCase]:

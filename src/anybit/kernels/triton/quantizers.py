@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,14 +29,13 @@ from anybit.kernels.triton.recipes import (
     element_of,
     group_launch,
     has_native_e4m3,
-    is_made_in_passing,
     reads_row,
     row_launch,
     statistic_of,
 )
 from anybit.numerics.scales import quotient
 
-__all__ = ["Quantized", "Quantizer", "QuantizerPlan", "fake_quantize", "quantize"]
+__all__ = ["Form", "Quantized", "Quantizer", "QuantizerPlan", "fake_quantize", "quantize"]
 
 _NONE: Final[Mapping[str, Tensor]] = MappingProxyType({})
 
@@ -87,6 +86,25 @@ def fake_quantize(
     """
     found = Quantizer(spec, tensors, columns or x.shape[1], values=dtype, own=True)(x)
     return found.codes, found.factor
+
+
+class Form(NamedTuple):
+    """All that decides what a Quantizer makes of rows, but for its static number: its arguments, and what follows.
+
+    is_shifted  codes carry a zero point
+    is_static   what the rule reads beside a row is the same at every call, or nothing
+    """
+
+    spec: Spec
+    columns: int
+    values: torch.dtype | None
+    own: bool
+    fnuz: bool
+    packed: bool
+    sums: bool
+    by_row: bool
+    is_shifted: bool
+    is_static: bool
 
 
 class Quantizer:
@@ -164,28 +182,15 @@ class Quantizer:
         return x.dtype if self._statistic == "call_range" else torch.float32
 
     @property
-    def form(self) -> tuple[Any, ...]:
-        """All that decides what is made of rows, but for the static number."""
-        return (self.spec, self.columns, self._values, self._own, self._fnuz, self._packed, self._sums, self.by_row)
+    def form(self) -> Form:
+        """What it makes; equal for quantizers that make the same by the same static number."""
+        return Form(self.spec, self.columns, self._values, self._own, self._fnuz, self._packed, self._sums, self.by_row,
+                    self._is_shifted, self._is_static)
 
     @property
     def static(self) -> Tensor | None:
-        """The number that the rule reads, the same at every call."""
+        """The number that the rule reads, where it is the same at every call."""
         return self._static if self._is_static else None
-
-    def constants(self, arch: str) -> dict[str, Any] | None:
-        """Compile-time constants of codes that another kernel makes in passing; None where they need one of their own.
-
-        It makes codes or values and their scales: no zero points, sums, or two codes a byte; nothing of a whole call.
-        """
-        is_simple = not (self._is_shifted or self._sums or self._packed or self.by_row)
-        if not is_simple or not self._is_static or not is_made_in_passing(self.spec):
-            return None
-        has_outer = self._in_groups and self._arithmetic.scale_codes == "fp8_e4m3fn"
-        return {**constants_of(self.spec), "MODE": 2 if self._in_groups else 1, "HAS_GIVEN": self._static is not None,
-                "READS_ROW": reads_row(self.spec), "SCALES": self._in_groups and not self._own, "OUTER": has_outer,
-                "VALUES": self._values is not None, "OWN": self._own and self._in_groups, "FNUZ": self._fnuz,
-                "NATIVE": self._is_native(arch)}
 
     @property
     def has_zero_point(self) -> bool:
@@ -233,11 +238,6 @@ class QuantizerPlan:
     def quantizer(self) -> Quantizer:
         """The recipe, and what is wanted of it."""
         return self._quantizer
-
-    @property
-    def is_simple(self) -> bool:
-        """True if another kernel can fill the pieces in passing."""
-        return self._quantizer.constants("") is not None
 
     def quantized(self, scratch: Tensor) -> Quantized:
         """The pieces as tensors."""

@@ -19,8 +19,7 @@ from anybit.platforms.archs import ARCHS
 
 __all__ = [
     "ARITHMETIC", "Arithmetic", "Element", "Spec", "can_fake_quantize", "can_quantize", "compile_cases",
-    "constants_of", "element_of", "group_launch", "has_native_e4m3", "is_made_in_passing", "needs_row", "reads_row",
-    "row_launch", "statistic_of",
+    "constants_of", "element_of", "group_launch", "has_native_e4m3", "reads_row", "row_launch", "statistic_of",
 ]
 
 Statistic = Literal["none", "absmax", "range", "row_absmax", "call_absmax", "call_range"]
@@ -189,21 +188,6 @@ def statistic_of(spec: Spec) -> Statistic:
 def reads_row(spec: Spec) -> bool:
     """True if a group's scale depends on the largest magnitude of its row."""
     return ARITHMETIC[spec.recipe].rule == "nvfp4_token"
-
-
-def is_made_in_passing(spec: Spec) -> bool:
-    """True if the kernel that makes rows can quantize them too: symmetric, by row or by whole groups of one row."""
-    if can_quantize(spec) is not None or ARITHMETIC[spec.recipe].is_shifted:
-        return False
-    if spec.granularity == "group":
-        return spec.group_size == _power_of_two(spec.group_size) and spec.group_size >= 8
-    return statistic_of(spec) in ("none", "absmax")
-
-
-def needs_row(spec: Spec) -> bool:
-    """True if a code depends on numbers of its row beyond its group; integer codes leave NaN to the row's scale."""
-    is_static = statistic_of(spec) == "none" and not element_of(spec.element).is_integer
-    return reads_row(spec) or (spec.granularity != "group" and not is_static)
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------

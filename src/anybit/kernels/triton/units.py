@@ -19,7 +19,7 @@ from torch import Tensor
 from anybit.kernels.catalogue import Stored
 from anybit.kernels.linear.dense_torch import StoredDense
 from anybit.kernels.linear.tiled_torch import as_bits
-from anybit.kernels.triton.block import AS_THEY_ARE, Rows, Wanted
+from anybit.kernels.triton.block import AS_THEY_ARE, Rows, Wanted, makes_in_passing
 from anybit.kernels.triton.launching import Call
 from anybit.kernels.triton.opaque import Launched, Opaque
 from anybit.kernels.triton.planes import StoredPlanes
@@ -174,9 +174,9 @@ class Product:
             if isinstance(self.stored, Launched) and self.stored.quantizes_input:
                 like = torch.empty((tokens, self.stored.shape[1]), dtype=self._dtype, device=device)
                 call = self.stored.launches(like, self._bias, self._dtype)
-            if call is not None and (not isinstance(call.quantize, QuantizerPlan) or not call.quantize.is_simple):
-                call = None
-            self._calls[tokens] = call
+            plan = None if call is None else call.quantize
+            passes = isinstance(plan, QuantizerPlan) and makes_in_passing(plan.quantizer)
+            self._calls[tokens] = call if passes else None
         return self._calls[tokens]
 
     def wanted(self, tokens: int, device: torch.device) -> Wanted:
