@@ -80,12 +80,10 @@ def _join_planes(given: Sequence[Stored]) -> Joined | None:
     parts = cast("Sequence[StoredPlanes]", given)
     first = parts[0]
     packs = [p._packed for p in parts]
-    wanted = (packs[0].form, first._spec, first._is_pinned, set(packs[0].tensors) - _levels(packs[0].tensors))
-    for part in parts:
-        pack = part._packed
-        alike = (pack.form, part._spec, part._is_pinned, set(pack.tensors) - _levels(pack.tensors)) == wanted
-        if not alike or "permutation" in pack.tensors:
-            return None
+    if len({(p._packed.form, p._spec, p._is_pinned, _kinds(p._packed.tensors)) for p in parts}) > 1:
+        return None
+    if "permutation" in packs[0].tensors:
+        return None
     if any(p.shape[0] % ROWS for p in parts) or not _equal(first._activation, [p._activation for p in parts]):
         return None
     if any(packs[0].tensors["row"].device != pack.tensors["row"].device for pack in packs):
@@ -107,9 +105,9 @@ def _join_planes(given: Sequence[Stored]) -> Joined | None:
     return whole, windows
 
 
-def _levels(tensors: Mapping[str, Tensor]) -> set[str]:
-    """Row scales as stored: only decoding a part reads them."""
-    return {name for name in tensors if name.startswith("level_")}
+def _kinds(tensors: Mapping[str, Tensor]) -> frozenset[tuple[str, torch.dtype]]:
+    """Which tensors there are, but row scales as stored: only decoding a part reads them."""
+    return frozenset((name, t.dtype) for name, t in tensors.items() if not name.startswith("level_"))
 
 
 def _join_rows8(given: Sequence[Stored]) -> Joined | None:
