@@ -175,7 +175,16 @@ def check_what_differs_is_left_to_the_host() -> None:
 
         return forward
 
-    for change in (gelu, norm, residual, scaling):
+    def far(layer: Any) -> None:  # as attentions do that scale scores beyond the length they were trained on
+        own = layer.self_attn.forward
+
+        def forward(*args: Any, position_ids: Tensor, **kwargs: Any) -> Any:
+            found, weights = own(*args, position_ids=position_ids, **kwargs)
+            return found * (1 + (position_ids > 256)).to(found.dtype)[..., None], weights
+
+        layer.self_attn.forward = forward
+
+    for change in (gelu, norm, residual, scaling, far):
         model = model_of(num_hidden_layers=2)
         change(model.model.layers[0])
         was = model.model.layers[0].forward
@@ -293,6 +302,11 @@ def check_hooks_see_and_change_what_passes() -> None:
     assert share(hooked, plain) > 0.05
     again, _ = steps(model, "static")
     assert torch.equal(again, plain)
+    inner: list[Tensor] = []
+    handle = model.model.layers[1].mlp.down_proj.register_forward_hook(lambda m, i, y: inner.append(y))
+    steps(model, "static")
+    handle.remove()
+    assert len(inner) == 5
 
 
 CHECKS = [name for name in sorted(globals()) if name.startswith("check_")]

@@ -156,7 +156,7 @@ def _is_proven(layer: nn.Module, short: ShortWay, config: Any, rotary: nn.Module
     """True if block and cache equal the host's for a token after a few others; sets `takes_prompts` by a prompt."""
     made = torch.Generator().manual_seed(short.index)
     x = torch.randn(1, _PROBE_TOKENS + 1, short.block.hidden, generator=made)
-    positions = torch.arange(_PROBE_TOKENS + 1)[None] + 3
+    positions = far_positions(config, _PROBE_TOKENS + 1)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -173,6 +173,11 @@ def _is_proven(layer: nn.Module, short: ShortWay, config: Any, rotary: nn.Module
         return False
     finally:
         torch.set_num_threads(threads)
+
+
+def far_positions(config: Any, tokens: int) -> Tensor:
+    """The last positions of a context [1, tokens]: some attentions scale their scores there and nowhere else."""
+    return torch.arange(tokens)[None] + max(3, int(getattr(config, "max_position_embeddings", 0) or 0) - tokens)
 
 
 _Host = Callable[[Any, slice], Tensor]  # (cache, which tokens) -> the host's y

@@ -114,8 +114,9 @@ class ShortWay:
 
     @property
     def is_whole(self) -> bool:
-        """False once somebody has put another module in the place of one (an adapter around a product)."""
-        return all(table.get(name) is module for table, name, module in self.found)
+        """False while another module is in the place of one (an adapter around a product), or a hook watches one."""
+        return all(table.get(name) is module and not module._forward_hooks and not module._forward_pre_hooks
+                   for table, name, module in self.found)
 
     def __call__(
         self, x: Tensor, cosine: Tensor, sine: Tensor, layer: Any, mask: Tensor | None, *, leads: bool = False
@@ -167,6 +168,8 @@ def short_way(layer: nn.Module, config: Any, dtype: torch.dtype) -> ShortWay | N
     if any(w is None or w.numel() > LARGEST_ROW for w in weights):
         return None
     if getattr(attention, "sliding_window", None) is not None or not isinstance(attention.layer_idx, int):
+        return None
+    if getattr(attention, "attention_dropout", 0.0):
         return None
     groups = [(attention, ("q_proj", "k_proj", "v_proj")), (mlp, ("gate_proj", "up_proj")), (mlp, ("down_proj",))]
     named: list[tuple[Any, str, Any]] = [(parent._modules, name, getattr(parent, name, None)) for parent, names in (

@@ -2,7 +2,8 @@
 
 A block with quantized activations amplifies: one rounding that falls to the other side turns a code, and a code of four
 bits is a large step. So the halves of the short way are given what the host's own parts read and made, seen by hooks:
-attention from the residual, the rest from the host's answer of o. Each then differs by single roundings alone.
+attention from the residual, the rest from the host's answer of o. Each then differs by single roundings alone. Tokens
+are at the last positions of the context, where some attentions scale their scores.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
+from anybit.hosts.blocks import far_positions
 from anybit.hosts.blocks_gpu import Reader, ShortWay
 
 __all__ = ["is_norm_proven", "is_proven"]
@@ -35,15 +37,14 @@ def is_proven(layer: nn.Module, short: ShortWay, config: Any, rotary: nn.Module)
     made = torch.Generator().manual_seed(short.index)
     x = torch.randn(1, _TOKENS + 2, weight.shape[0], generator=made) * _SIZE
     x = x.to(device=weight.device, dtype=weight.dtype)
-    positions = torch.arange(_TOKENS + 2, device=x.device)[None] + 3
+    positions = far_positions(config, _TOKENS + 2).to(x.device)
     try:
         with torch.inference_mode():
             cosine, sine = rotary(x, positions)
             if cosine.shape[-1] != short.attention.dim or cosine.dtype != x.dtype:
                 return False
             probe = _Probe(layer, short, config, x, positions, (cosine, sine))
-            short.grows = probe.grows()
-            short.is_static = probe.is_static()
+            short.grows, short.is_static = probe.grows(), probe.is_static()
     except Exception:  # whatever the host's block is, it is not the one we know
         short.grows = short.is_static = False
     return short.grows or short.is_static
