@@ -57,9 +57,10 @@ def scale_values_are_finite(format: str, scale: Tensor, dtype: torch.dtype) -> b
 
 
 def _codes_are_finite(weight: QuantizedWeight) -> bool:
-    special = ~decode(weight.scheme.element, torch.arange(256, dtype=torch.uint8)).isfinite()
-    table = special.to(weight.codes.device)
-    return not any(bool(table[part.long()].any()) for part in torch.split(weight.codes, 1024))
+    every = torch.arange(256, dtype=torch.uint8)
+    special = every[~decode(weight.scheme.element, every).isfinite()].tolist()
+    parts = torch.split(weight.codes, 1024)
+    return not any(bool((part == code).any()) for part in parts for code in special)
 
 
 def plain_of(weight: QuantizedWeight, settings: Settings, dtype: torch.dtype, factor: float) -> dict[str, Tensor]:
