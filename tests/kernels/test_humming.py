@@ -140,6 +140,7 @@ def test_other_chips_are_refused_with_every_reason(platform: str, codes: set[str
     (replace(grouped("int4"), offset=Offset("zero_point", BF16, group(128))), "integer zero point"),
     (with_zeros("uint8"), "no codes of uint8"),
     (with_zeros("int8"), "zero points of 8 bit"),
+    (Scheme("uint4", (ScaleLevel(BF16, CHANNEL),), offset=Offset("zero_point", "uint4", CHANNEL)), "blocks (1, 0)"),
     (Scheme("int4", (ScaleLevel(BF16, group(128), divide=True),)), "divide"),
     (Scheme("int4", (ScaleLevel(BF16, group(128)), ScaleLevel(F32, CHANNEL))), "second level"),
     (Scheme(E4M3, (ScaleLevel(F32, (64, 128)),)), "blocks (64, 128)"),
@@ -335,6 +336,8 @@ def test_moved_buffers_are_taken_as_they_are(seen: package.Seen) -> None:
     (SCHEMES["fp8 channel"], lambda w: replace(w, stored_codes=torch.full_like(w.codes, 0x7F)), "NaN"),
     (with_zeros("uint4"), lambda w: replace(w, offset=torch.full_like(w.offset, 16)), "zero points outside"),
     (grouped("int4", format=F32), lambda w: replace(w, scales=(w.scales[0] * 1e38 * 1e5,)), "leave"),
+    (grouped("int4", format=F32), lambda w: replace(w, scales=(w.scales[0] * 1e-38,)), "normal range"),
+    (SCHEMES["fp8 block"], lambda w: replace(w, scales=(w.scales[0] * 1e-38,)), "normal range"),
 ])  # fmt: skip
 def test_values_that_its_arithmetic_does_not_hold_are_refused_when_they_are_read(
     seen: package.Seen, scheme: Scheme, change, words: str  # type: ignore[no-untyped-def]

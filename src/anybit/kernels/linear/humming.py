@@ -170,8 +170,10 @@ def _offset_reasons(scheme: Scheme) -> Iterator[str]:
     zero = number_format(offset.format)
     if offset.kind != "zero_point" or not zero.is_integer or not form.is_integer:
         yield "an offset that is not an integer zero point"
-    elif form.bits > _ZERO_POINT_BITS or offset.block != scheme.scales[0].block or offset.placement != "grid":
+    elif form.bits > _ZERO_POINT_BITS or offset.block != scheme.scales[0].block or offset.block[1] not in _GROUPS:
         yield f"zero points of {form.bits} bit codes by blocks {offset.block}"
+    elif offset.placement != "grid":
+        yield "zero points by position in the flattened matrix, or gathered"
 
 
 def _activation_reasons(scheme: Scheme, spec: ActivationSpec | None) -> Iterator[str]:
