@@ -124,6 +124,10 @@ class StoredPlanes(Launched):
 
             self._quantizer = Quantizer(self._spec, self._activation, self.shape[1], values=torch.bfloat16, own=True)
 
+    def _pitch(self) -> int:
+        """How far apart values of neighbouring groups lie: the padded rows, those of the whole for a part of one."""
+        return next((self._parts[i].stride(-2) for i in (3, 6, 5) if self._parts[i].dim() > 1), self._parts[8].shape[0])
+
     def _find_static_factor(self) -> float | None:
         """The factor that every row of quantized activations has, read once; None where rows differ.
 
@@ -229,7 +233,7 @@ class StoredPlanes(Launched):
         device, arch = x.device, arch_of(x.device)
         config = configure(form, rows, columns, _PINNED_TOKENS if self._is_pinned else tokens, arch)
         row = self._parts[8]  # stands in for what a specialization does not read
-        padded_rows, padded = row.shape[0], form.padded(columns)
+        padded_rows, padded, pitch = row.shape[0], form.padded(columns), self._pitch()
         tiles, is_split = -(-tokens // config.tokens) * (padded_rows // config.rows), config.split > 1
         size = 0 if quantize is None else quantize.scratch_bytes
         parts: Argument = row
@@ -242,9 +246,9 @@ class StoredPlanes(Launched):
             matmul_kernel,
             [x.dtype if quantize is None else quantize.pieces["codes"], *self._parts,
              row if factors is None else factors, row if bias is None else bias.dtype, out_dtype, parts,
-             Zeros(tiles, self._captured) if is_split else row, int, rows, padded_rows, columns, padded,
+             Zeros(tiles, self._captured) if is_split else row, int, rows, pitch, columns, padded,
              x.stride(0) if quantize is None and tokens > 1 else columns,
-             padded_rows if self._parts[5].shape[0] > 1 else 0, half_factor(form, is_half=is_half)],
+             pitch if self._parts[5].shape[0] > 1 else 0, half_factor(form, is_half=is_half)],
             {**constants(form), "R": form.run, "TERMS": terms_of(form, is_half=is_half), "BM": config.tokens,
              "BN": config.rows, "SPLIT": is_split, "TOKENS": factors is not None, "BIAS": bias is not None,
              "EVEN": columns == padded, "ASM": config.assembly, "WAITS": waits},
@@ -260,12 +264,12 @@ class StoredPlanes(Launched):
 
         form, row, columns = self._packed.form, self._parts[8], self.shape[1]
         out = torch.empty((room, columns), dtype=dtype, device=row.device)
-        padded_rows, padded = row.shape[0], form.padded(columns)
+        pitch, padded = self._pitch(), form.padded(columns)
         tile_rows, blocks = expansion(form)
         launch(
             expand_kernel, (-(-count // tile_rows), -(-(padded // form.block) // blocks)),
-            [*self._parts, out, start, count, padded_rows, columns, padded,
-             padded_rows if self._parts[5].shape[0] > 1 else 0, half_factor(form, is_half=dtype == torch.float16)],
+            [*self._parts, out, start, count, pitch, columns, padded,
+             pitch if self._parts[5].shape[0] > 1 else 0, half_factor(form, is_half=dtype == torch.float16)],
             out.device, **constants(form), ROW=with_rows, BN=tile_rows, NB=blocks, num_warps=4, num_stages=1,
         )  # fmt: skip
         return out
