@@ -74,13 +74,12 @@ def planned(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig | 
     """The same, whatever is installed; pure."""
     if columns % _ALIGNED or not takes(form):
         return None
-    padded = -(-rows // ROWS) * ROWS
-    tile = _tile(form, padded, tokens)
-    if tile is None:
-        return None
-    tiles = padded // tile.rows * -(-tokens // tile.tokens)
-    wanted = 396 if tokens <= _FEW else _MULTIPROCESSORS
-    return replace(tile, split=_parts(-(-columns // _AT_ONCE), wanted // tiles, 8 if tokens <= 64 else 4))
+    rows = -(-rows // ROWS) * ROWS
+    if tokens <= 32:
+        return _few(form, rows, columns, tokens)
+    tile = _tile_of_64(rows, columns) if tokens <= 64 else _tile_of_many(form, rows, tokens)
+    tiles = rows // tile.rows * -(-tokens // tile.tokens)
+    return replace(tile, split=_parts(-(-columns // _AT_ONCE), _MULTIPROCESSORS // tiles, 8))
 
 
 def shared_bytes(form: Form, config: HopperConfig) -> int:
@@ -92,30 +91,69 @@ def shared_bytes(form: Form, config: HopperConfig) -> int:
     return config.stages * config.tokens * 2 * _AT_ONCE // steps + held * (config.rows * _AT_ONCE // 2 + beside)
 
 
-_FEW: Final = 32
+def _few(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig | None:
+    """At most 32 tokens. Left out: fp4 where programs of two warps, which hide more of its decoding, are faster."""
+    is_sum, is_fine = form.scaling != "fold", form.group == 16
+    bm, blocks = 8 if tokens <= 8 else 16 if tokens <= 16 else 32, -(-columns // _AT_ONCE)
+    is_broad, is_huge = rows >= 12800 and rows % 128 == 0, rows >= 3 * 128 * _MULTIPROCESSORS
+    narrow = HopperConfig(bm, 64, stages=2, flight=4 if is_fine else 2)
+    if is_fine and not is_sum:
+        taken = (rows < 20000 or is_huge) if bm == 8 else rows <= 2048
+    else:
+        taken = is_sum or (columns <= 8192 and rows < (50000 if bm == 32 else 20000))
+    if not taken:
+        return None
+    if bm == 8 or not is_broad or (bm == 16 and not is_sum):
+        if bm == 8 and is_huge and is_sum:
+            narrow = replace(narrow, stages=3)
+        wanted, most = (650, 8) if bm < 32 else (400, 8 if rows <= 2048 else 4)
+        tiles = rows // 64
+        # parts of less than four times 256 inputs only where the chip would not be filled
+        least = 4 if tiles * (blocks // 4) >= 2 * _MULTIPROCESSORS or (bm == 32 and tiles >= 64) else 2
+        return replace(narrow, split=_parts(blocks, wanted // tiles, most, least))
+    tile = replace(narrow, rows=128)
+    return replace(tile, split=_even_parts(blocks, rows // 128))
 
 
-def _tile(form: Form, rows: int, tokens: int) -> HopperConfig | None:
-    is_sum, even = form.scaling == "group", rows % 128 == 0
-    if tokens <= _FEW:
-        if not is_sum:
-            return None
-        bm = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
-        return HopperConfig(bm, 128) if even and rows >= 100 * 128 else HopperConfig(bm, 64)
-    if tokens <= 64:
-        return HopperConfig(64, 128, warps=8, steps=2, stages=4) if even else HopperConfig(64, 64, steps=2, stages=4)
-    if is_sum or tokens <= 128 or not even:
-        wide = HopperConfig(128, 128, warps=8, steps=2, stages=4, flight=1)
-        return wide if even else HopperConfig(128, 64, steps=2, stages=4, flight=1)
-    return HopperConfig(256, 128, warps=8, steps=4, stages=5, flight=1)
+def _tile_of_64(rows: int, columns: int) -> HopperConfig:
+    if rows * columns <= 2**24:
+        return HopperConfig(64, 64, stages=3)
+    even = HopperConfig(64, 128, warps=8, steps=4, stages=6)
+    return even if rows % 128 == 0 else HopperConfig(64, 64, steps=2, stages=4)
 
 
-def _parts(blocks: int, wanted: int, most: int) -> int:
-    """Parts of K: at most `most`, each with at least two times 256 inputs, none without work."""
-    split = max(1, min(wanted, most, blocks // 2))
+def _tile_of_many(form: Form, rows: int, tokens: int) -> HopperConfig:
+    """More than 64 tokens: as many as the registers have room for, beside sums of groups half as many."""
+    if rows % 128 or rows <= 2048:
+        return HopperConfig(128, 64, steps=4, stages=6, flight=1)
+    if form.scaling == "group":
+        return HopperConfig(128, 128, warps=8, steps=4, stages=6, flight=1)
+    if form.group == 16:
+        if rows % 256 == 0 and (rows >= 12800 or rows // 256 * -(-tokens // 128) >= 96):
+            return HopperConfig(128, 256, warps=16, steps=4, stages=6)
+        return HopperConfig(128, 128, warps=8, steps=4, stages=6, flight=4)
+    is_double = -(-tokens // 128) % 2 == 0 and rows // 128 * -(-tokens // 256) >= 96
+    if is_double:
+        return HopperConfig(256, 128, warps=8, steps=4, stages=5, flight=1)
+    return HopperConfig(128, 128, warps=8, steps=4, stages=6, flight=2)
+
+
+def _parts(blocks: int, wanted: int, most: int, least: int = 2) -> int:
+    """Parts of K: at most `most`, each with at least `least` times 256 inputs, none without work."""
+    split = max(1, min(wanted, most, blocks // least))
     while split > 1 and -(-blocks // split) * (split - 1) >= blocks:
         split -= 1
     return split
+
+
+def _even_parts(blocks: int, tiles: int) -> int:
+    """The fewest parts of K with which programs, two on a multiprocessor, keep four fifths of the chip to the end."""
+    at_once = 2 * _MULTIPROCESSORS
+    for split in range(1, 9):
+        programs = tiles * split
+        if programs >= 0.8 * at_once * -(-programs // at_once):
+            return _parts(blocks, split, 8)
+    return _parts(blocks, 2, 8)
 
 
 def hopper_constants(

@@ -189,25 +189,6 @@ def _factor(byte, KIND: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _table_of(p):
-    """The 16 values of a code book, as scalars."""
-    return (tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3), tl.load(p + 4), tl.load(p + 5), tl.load(p + 6),
-            tl.load(p + 7), tl.load(p + 8), tl.load(p + 9), tl.load(p + 10), tl.load(p + 11), tl.load(p + 12),
-            tl.load(p + 13), tl.load(p + 14), tl.load(p + 15))  # fmt: skip
-
-
-@triton.jit
-def _looked_up(v, t):
-    """t[v] for codes of four bits, by selecting: a look-up in memory for every weight would wait for each."""
-    odd, second, fourth, eighth = (v & 1) != 0, (v & 2) != 0, (v & 4) != 0, (v & 8) != 0
-    a = tl.where(second, tl.where(odd, t[3], t[2]), tl.where(odd, t[1], t[0]))
-    b = tl.where(second, tl.where(odd, t[7], t[6]), tl.where(odd, t[5], t[4]))
-    c = tl.where(second, tl.where(odd, t[11], t[10]), tl.where(odd, t[9], t[8]))
-    d = tl.where(second, tl.where(odd, t[15], t[14]), tl.where(odd, t[13], t[12]))
-    return tl.where(eighth, tl.where(fourth, d, c), tl.where(fourth, b, a))
-
-
-@triton.jit
 def _number(stored, KIND: tl.constexpr):
     """A stored scale as float32. KIND: 0 a float dtype, 1 an integer, 2 an e8m0 byte."""
     if KIND == 2:
@@ -302,8 +283,6 @@ def matmul_kernel(
     c_offsets = rn.to(tl.int64)[:, None] * row_elements + first * P + rp[None, :]
     x_ptrs = x_ptr + (rm % M).to(tl.int64)[None, :] * x_stride + first * (F * P) + rp[:, None]
     counted = (rm < M)[None, :]  # rows beyond x are not read: one address asked for by all is slow
-    if DECODE == 2:
-        table = _table_of(table_ptr)
     acc = tl.zeros((BN, BM), tl.float32)
     zero = tl.full((BN,), ZERO, tl.float32)
     for b in range(first, last):
@@ -357,7 +336,7 @@ def matmul_kernel(
                     elif DECODE == 1:
                         w = _small_float(v, MANTISSA, BIAS_E, BITS, SPECIAL, D)
                     else:
-                        w = _looked_up(v, table).to(D)
+                        w = tl.load(table_ptr + v).to(D)
                     if SCALING == 1:
                         part = tl.dot(w, xi, part)
                     else:
@@ -370,7 +349,7 @@ def matmul_kernel(
                     elif DECODE == 1:
                         value = _small_float(v, MANTISSA, BIAS_E, BITS, SPECIAL, tl.bfloat16).to(tl.float32)
                     else:
-                        value = _looked_up(v, table)
+                        value = tl.load(table_ptr + v)
                     if SCALING == 3:
                         value = value * s[:, None]
                         if ROUND == 1:

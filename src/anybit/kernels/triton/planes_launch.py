@@ -91,12 +91,14 @@ def configure(form: Form, rows: int, columns: int, tokens: int, arch: str) -> Co
     if form.terms > 1 or arch == "sm_86" or arch == "sm_89" or arch.startswith("sm_12"):
         stages = 2  # 99 KiB of shared memory
     if form.kind == "table":
-        stages = min(stages, 2)  # operands of 16 bits wait in shared memory too
+        stages = 1  # the pipeline would send the look-ups through shared memory too
     tiles = padded // bn * -(-tokens // bm)
     split = 1
     if tokens <= _SPLIT_TOKENS:
         blocks = columns // form.block
         split = max(1, min(16, _BLOCKS[arch] // tiles, blocks // 4))
+        if arch == "sm_90" and split == 1 and tokens <= 8 and tiles <= _BLOCKS[arch] and blocks >= 8:
+            split = 2  # 5 to 25 % faster than programs of one round that are not all done at once
     assembly = ARCHS[arch].vendor == "nvidia" and form.widths == (4,) and form.kind != "table" and form.terms == 1
     return Config(bm, bn, split, warps, stages, assembly and (form.kind == "int" or form.scaling == "fold"))
 
@@ -140,20 +142,29 @@ def _hopper_few(form: Form, rows: int, columns: int, tokens: int) -> Config:
     is_fine, is_small = form.group == 16, rows <= 2048
     wide = rows >= 128 * _MULTIPROCESSORS and rows % 128 == 0
     is_huge = wide and rows >= 3 * 128 * _MULTIPROCESSORS
-    bm = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
+    bm, blocks = 8 if tokens <= 8 else 16 if tokens <= 16 else 32, columns // form.block
+    least = 4 if is_fine else 2
     if tokens <= 8:
-        rows_of_tile = 32 if is_small and is_fine else 128 if is_huge else 64
-        tile = Config(8, rows_of_tile, warps=4 if is_huge and not is_fine else 2)
-        wanted = 1056 if is_huge and not is_fine else 792
+        if wide and is_fine:
+            return replace(Config(8, 128, 1, 2), split=_parts(blocks, 528 // (rows // 128), 8, least), assembly=True)
+        tile = Config(8, 32 if is_small and is_fine else 128 if is_huge else 64, warps=4 if is_huge else 2)
+        wanted = 1056 if is_huge else 792
     elif rows % 128 == 0 and not is_small and (is_fine or is_huge or columns >= 8192 or (wide and bm == 32)):
-        tile = Config(bm, 128)
-        tiles = rows // 128 * -(-tokens // bm)
-        wanted = max(-(-216 // tiles), 2) * tiles
+        split = _even_parts(rows // 128)
+        return replace(Config(bm, 128), split=_parts(blocks, split, 8, least), assembly=True)
     else:
         tile, wanted = Config(bm, 64, warps=4 if bm == 32 or is_small else 2), 528
-    tiles = rows // tile.rows * -(-tokens // tile.tokens)
-    split = _parts(columns // form.block, wanted // tiles, 8, least=4 if is_fine else 2)
-    return replace(tile, split=split, assembly=True)
+    return replace(tile, split=_parts(blocks, wanted // (rows // tile.rows), 8, least), assembly=True)
+
+
+def _even_parts(tiles: int) -> int:
+    """Parts of K, two at least, with which programs, two on a multiprocessor, keep four fifths of them to the end."""
+    at_once = 2 * _MULTIPROCESSORS
+    for split in range(2, 9):
+        programs = tiles * split
+        if programs >= 0.8 * at_once * -(-programs // at_once):
+            return split
+    return 8 if 8 * tiles < at_once else 2
 
 
 def _hopper_64(*, is_sum: bool, is_fine: bool, wide: bool, even: bool) -> Config:
