@@ -35,7 +35,9 @@ _MORE_TOKENS_SHARE: Final = 0.87  # of that beyond 8 tokens
 _TABLE_SHARE: Final = 0.3  # a look-up for each weight
 # share of the matrix rate of the fused kernel, and of torch's product after expansion
 _FUSED_SHARE: Final = 0.35
-_GLUON_SHARE: Final = 0.45  # where decoding runs beside the products
+# where decoding runs beside the products: sums of groups, folded scales, those of groups of 16 (H200, M = 256 and 512)
+_GLUON_SHARE: Final[Mapping[str, float]] = {"group": 0.45, "row": 0.45, "fold": 0.53}
+_FINE_GLUON_SHARE: Final = 0.4
 _EXPANDED_SHARE: Final = 0.75
 _EXPAND_BYTES_SHARE: Final = 0.75
 
@@ -118,7 +120,9 @@ def fused_seconds(request: Request, platform: Platform) -> float:
 
 def _matrix_share(request: Request, platform: Platform, form: Form) -> float:
     n, k = request.shape[-2:]
-    return _GLUON_SHARE if hopper_config(form, n, k, request.tokens, platform.arch) is not None else _FUSED_SHARE
+    if hopper_config(form, n, k, request.tokens, platform.arch) is None:
+        return _FUSED_SHARE
+    return _FINE_GLUON_SHARE if form.group == 16 and form.scaling == "fold" else _GLUON_SHARE[form.scaling]
 
 
 def expand_seconds(request: Request, platform: Platform) -> float:
