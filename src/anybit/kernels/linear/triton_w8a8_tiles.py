@@ -83,6 +83,7 @@ class Config:
     split   programs that share K
     swap, tma, band   as in w8a8_matmul
     waits   launched while x is quantized, and waits for that itself
+    ahead   codes of each row of W that are asked for meanwhile, a power of two of at least 128, or 0
     """
 
     bm: int
@@ -95,6 +96,7 @@ class Config:
     tma: bool = False
     band: int = 8
     waits: bool = False
+    ahead: int = 0
 
 
 @lru_cache(maxsize=1024)
@@ -355,4 +357,5 @@ def constants_of(
         "HAS_BIAS": has_bias, "BM": config.bm, "BN": config.bn, "BK": config.bk,
         "SPLIT": config.split > 1, "FUSED": fused and config.split > 1, "SWAP": config.swap, "TMA": config.tma,
         "EVEN_K": k % config.bk == 0, "BAND": config.band, "WAITS": config.waits,
+        "AHEAD": config.ahead if config.waits and not config.tma else 0,
     }

@@ -23,6 +23,7 @@ from anybit.kernels.triton.recipes import (
     Arithmetic,
     Spec,
     constants_of,
+    edges,
     element_of,
     group_launch,
     has_native_e4m3,
@@ -34,6 +35,7 @@ from anybit.numerics.scales import quotient
 
 __all__ = ["Quantized", "fake_quantize", "quantize"]
 
+FOLLOWS = False
 _NONE: Final[Mapping[str, Tensor]] = MappingProxyType({})
 
 
@@ -187,7 +189,8 @@ class _Call:
             FLOOR=self.arithmetic.floor, STATISTIC=self.statistic, HAS_GIVEN=self.given is not None,
             HAS_ZERO=self.zero_point is not None, VALUES=values, FNUZ=fnuz, NATIVE=self._is_native(fnuz, values),
             SUMS=sums is not None, WHOLE=columns <= block and not part, BK=block, PART=part, num_warps=warps,
-            LEADS=self.leads, enable_fp_fusion=False,
+            **edges(self.k, self.columns, max(block, part)), LEADS=self.leads, FOLLOWS=FOLLOWS,
+            enable_fp_fusion=False, **({"launch_pdl": True} if FOLLOWS else {}),
         )
 
     def _launch_groups(
@@ -204,8 +207,8 @@ class _Call:
             self.rows, self.k, self.columns, groups, self.x.stride(0), self.given_stride, **constants_of(self.spec),
             HAS_GIVEN=self.given is not None, ROW=row, SCALES=scale is not None, SCALE_CODES=scale_codes is not None,
             OUTER=outer is not None, VALUES=values, OWN=own, PACKED=packed, FNUZ=fnuz,
-            NATIVE=self._is_native(fnuz, values), SIZE=size, GS=padded, BG=at_a_time, LEADS=self.leads,
-            num_warps=warps, enable_fp_fusion=False,
+            NATIVE=self._is_native(fnuz, values), SIZE=size, GS=padded, BG=at_a_time, LEADS=self.leads, FOLLOWS=FOLLOWS,
+            **({"launch_pdl": True} if FOLLOWS else {}), **edges(self.k, self.columns, at_a_time * padded * (padded == size)), num_warps=warps, enable_fp_fusion=False,
         )
 
     def _or_x(self, tensor: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from anybit.platforms.archs import ARCHS
 
 __all__ = [
     "ARITHMETIC", "Arithmetic", "Element", "Spec", "can_fake_quantize", "can_quantize", "compile_cases",
-    "constants_of", "element_of", "group_launch", "has_native_e4m3", "reads_row", "row_launch", "statistic_of",
+    "constants_of", "edges", "element_of", "group_launch", "has_native_e4m3", "reads_row", "row_launch", "statistic_of",
 ]
 
 Statistic = Literal["none", "absmax", "range", "row_absmax", "call_absmax", "call_range"]
@@ -246,6 +246,14 @@ def group_launch(group_size: int, k: int = 0, rows: int = 0) -> tuple[int, int, 
     return padded, max(1, (part or block) // padded), -1 if k <= block and not part else block, warps
 
 
+def edges(k: int, columns: int, step: int) -> dict[str, bool]:
+    """EVEN and PADDED of rows of k columns, written as `columns`, of which a program takes `step` at a time.
+
+    step    0 where what it takes has gaps
+    """
+    return {"EVEN": step > 0 and columns == k and k % step == 0, "PADDED": columns != k}
+
+
 def has_native_e4m3(arch: str) -> bool:
     """True where the chip's own conversion makes e4m3 codes: it rounds as the definition says."""
     facts = ARCHS.get(arch)
@@ -271,8 +279,8 @@ def _case(kernel: str, arch: str, label: str, spec: Spec, k: int, *, values: boo
                  "given_ptr": "*fp32", "given_zero_ptr": "*i8", "K": "i32", "KP": "i32", "stride": "i32"}
         constants = {**shared, "IS_SHIFTED": arithmetic.is_shifted, "FLOOR": arithmetic.floor,
                      "STATISTIC": statistic_of(spec), "HAS_ZERO": False, "SUMS": arithmetic.is_shifted and not values,
-                     "WHOLE": k <= block and not part, "BK": block, "PART": part,
-                     "LEADS": arch == "sm_90"}
+                     "WHOLE": k <= block and not part, "BK": block, "PART": part, **edges(k, k, max(block, part)),
+                     "LEADS": arch == "sm_90", "FOLLOWS": False}
         return CompileCase(kernel, "anybit.kernels.triton.quantizers_jit:quantize_rows", arch, label, types, constants,
                            divisible=("K", "KP", "stride"), num_warps=warps, options={"enable_fp_fusion": False})
     padded, at_a_time, row, warps = group_launch(spec.group_size, k if reads_row(spec) else 0, 1)
@@ -282,6 +290,6 @@ def _case(kernel: str, arch: str, label: str, spec: Spec, k: int, *, values: boo
              "given_stride": "i32"}
     constants = {**shared, "ROW": row, "SCALES": not values, "SCALE_CODES": bool(arithmetic.scale_codes) and not values,
                  "OUTER": has_outer, "OWN": values, "PACKED": False, "SIZE": spec.group_size, "GS": padded,
-                 "BG": at_a_time, "LEADS": arch == "sm_90"}
+                 "BG": at_a_time, **edges(k, k, at_a_time * padded * (padded == spec.group_size)), "LEADS": arch == "sm_90", "FOLLOWS": False}
     return CompileCase(kernel, "anybit.kernels.triton.quantizers_jit:quantize_groups", arch, label, types, constants,
                        divisible=("K", "KP", "stride"), num_warps=warps, options={"enable_fp_fusion": False})
