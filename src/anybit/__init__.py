@@ -6,6 +6,7 @@
     plan = anybit.plan(checkpoint)                      # what would run each layer here, and why
     model = anybit.load("path/to/folder")               # an ordinary transformers model
     anybit.enable()                                     # plain from_pretrained takes our dialects
+    layer = anybit.linear(checkpoint.read(name))        # one layer as a torch module, for an engine of your own
 
 `open` and `plan` import no torch.
 """
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from anybit.platforms import Platform
 
 __version__ = "0.1.0"
-__all__ = ["AnybitError", "Online", "__version__", "enable", "load", "open", "plan"]
+__all__ = ["AnybitError", "Online", "__version__", "enable", "linear", "load", "open", "plan"]
 
 
 def __getattr__(name: str) -> Any:
@@ -99,6 +100,13 @@ def load(
     from anybit.hosts.transformers import load as load_model
 
     return load_model(path, dtype, device, **options)
+
+
+def linear(weight: Any, scheme: str | None = None, **options: Any) -> Any:
+    """One linear layer as a torch module on this machine's best kernels: see `anybit.hosts.layers.linear`."""
+    from anybit.hosts.layers import linear as make
+
+    return make(weight, scheme, **options)
 
 
 def enable(*, strict: bool = False) -> None:

@@ -122,7 +122,7 @@ def errors(scheme: Scheme, name: str, regime: str) -> dict[str, object]:
 
 def main() -> None:
     """Every scheme, in the dtypes and regimes of the arguments."""
-    planes._matmul_op, planes._expand_op, planes._product_into = planes._matmul, planes._expand, torch_product
+    planes._product_into = torch_product
     planes.arch_of = lambda device: "gfx942"  # the portable twin
     torch.set_num_threads(1)
     mend_bfloat16()

@@ -208,14 +208,12 @@ def test_cases_to_compile_have_names_of_their_own(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942", "gfx1100"])
 @pytest.mark.parametrize("name", _SAMPLES)
-def test_launches_cover_the_rows_and_have_a_counter_for_each_tile(arch: str, name: str) -> None:
+def test_launches_cover_the_rows(arch: str, name: str) -> None:
     for n, k in ((64, 512), (192, 4096), (6144, 4096), (4096, 14336), (28672, 4096), (57344, 8192)):
         form = planes_form.form_of(_SAMPLES[name], k)
         for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 300, 4096):
             launch = configure(form, n, k, m, arch)
             assert n % launch.rows == 0, (n, k, m, launch)
-            if launch.split > 1:
-                assert -(-m // launch.tokens) * (n // launch.rows) <= planes_form.counters(n), (n, k, m, launch)
 
 
 def test_on_hopper_no_part_of_k_is_without_work() -> None:
@@ -433,7 +431,6 @@ def test_products_are_within_the_bound(name: str) -> None:
                 y = stored.linear(x, regime(m), bias, torch.float32)
                 assert y.shape == (m, n)
                 demand_close(y, x, weight, bias, 0.0, f"{name} {dtype} M={m} N={n} K={k}")
-                assert not bool(stored.tensors()["counters"].any())
 
 
 @on_gpu

@@ -13,7 +13,7 @@ from anybit.planning.measured import Measured
 from anybit.platforms import named
 
 HERE = replace(named("cpu"), is_detected=True, driver="7")
-CELL = ("native-matvec", "int4·g128·bf16", 4096, 14336, "float32", "decode")
+CELL = ("native-matvec", "int4·g128·bf16", 4096, 14336, "float32", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def test_what_was_measured_is_read_again() -> None:
     found = measured.read(HERE)
     assert found.seconds[CELL] == 1.5e-3
     assert found.disproved == {("torch-tiled", "nvfp4"): "3 times the bound"}
-    assert found.prices("float32") == {("native-matvec", "int4·g128·bf16", 4096, 14336, "decode"): 1.5e-3}
+    assert found.prices("float32") == {("native-matvec", "int4·g128·bf16", 4096, 14336, 1): 1.5e-3}
     assert found.prices("bfloat16") == {}
     assert found.remarks == ()
 
@@ -51,7 +51,7 @@ def test_a_file_that_cannot_be_used_is_ignored_and_said(text: str) -> None:
 def test_times_that_cannot_be_times_make_the_file_unusable(seconds: object) -> None:
     path = measured.write(HERE, Measured({CELL: 1.5e-3}))
     document = json.loads(path.read_text())
-    document["cells"][0]["seconds"]["decode"] = seconds
+    document["cells"][0]["seconds"]["1"] = seconds
     path.write_text(json.dumps(document))
     found = measured.read(HERE)
     assert found.remarks

@@ -226,13 +226,14 @@ def test_a_strict_plan_of_declared_arithmetic_is_complete() -> None:
 
 
 def test_a_measured_time_beats_the_model_and_is_called_measured() -> None:
-    measured = {("torch-tiled", str(INT4), 1024, 512, regime): 1e-9 for regime in ("decode", "small", "prefill")}
+    measured = {("torch-tiled", str(INT4), 1024, 512, regime): 1e-9 for regime in (1, 16, 512)}
     unit = plan(INT4, policy=Policy(measured=measured)).units[0]
     assert unit.kernel("decode") == "torch-tiled"
     row = unit.to_dict()["kernels"]["decode"]
     assert (row["price"], row["seconds"]) == ("measured", 1e-9)
     other = plan_layers(model(INT4, shape=(512, 512)), named("cpu"), dtype="float32", policy=Policy(measured=measured))
-    assert other.units[0].to_dict()["kernels"]["decode"]["price"] == "modelled"
+    assert other.units[0].to_dict()["kernels"]["decode"]["price"] == "interpolated"
+    assert plan(KQUANT, policy=Policy(measured=measured)).to_dict()["units"][0]["kernels"]["decode"]["price"] == "modelled"
 
 
 def test_a_kernel_that_was_wrong_here_is_left_out_with_what_was_wrong() -> None:

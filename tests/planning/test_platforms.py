@@ -64,7 +64,22 @@ def test_nvidia_smi_that_hangs_counts_as_no_gpu(monkeypatch: pytest.MonkeyPatch,
     tool.chmod(0o755)
     monkeypatch.setattr("anybit.platforms.detection.shutil.which", lambda _: str(tool))
     monkeypatch.setattr("anybit.platforms.detection._TIMEOUT", 0.2)
+    monkeypatch.setattr("anybit.platforms.detection._NVIDIA_FILES", ())
     assert detect("auto").vendor == "cpu" or detect("auto").vendor == "amd"
+
+
+def test_a_slow_nvidia_smi_is_waited_for_where_the_driver_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tool, driver = tmp_path / "nvidia-smi", tmp_path / "nvidiactl"
+    tool.write_text("#!/bin/sh\nsleep 1\necho 'NVIDIA H200, 9.0, 143771, 580.1'\n")
+    tool.chmod(0o755)
+    driver.touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("anybit.platforms.detection.shutil.which", lambda _: str(tool))
+    monkeypatch.setattr("anybit.platforms.detection._TIMEOUT", 0.2)
+    monkeypatch.setattr("anybit.platforms.detection._NVIDIA_FILES", (driver,))
+    assert detect("cuda").arch == "sm_90"
 
 
 def test_nvidia_smi_answers_become_a_platform(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -23,6 +23,7 @@ from anybit.cli.explain_tables import (
     decode_seconds,
     joined_lines,
     memory_parts,
+    steps_line,
     took,
 )
 from anybit.cli.files import write_text
@@ -220,6 +221,8 @@ def _rows(group: UnitGroup, checkpoint: Checkpoint, *, names: bool) -> Iterator[
             rounds = first.rounds[regime]
             yield regime, (f"{chosen.spec.name}  {price}  ({bound}), {first.executions[regime]}"
                            + (f", rounds {rounds}" if rounds else ""))
+    for line in _steps_lines(group):
+        yield "by M", line
     yield "declared", declared_arithmetic(first)
     yield "executed", first.executed
     assumes = first.choice.spec.assumes(first.request())
@@ -240,6 +243,16 @@ def _rows(group: UnitGroup, checkpoint: Checkpoint, *, names: bool) -> Iterator[
         yield "refused", f"{refusal['kernel']}{where}: {reasons}"
     if elsewhere:
         yield "not for it", ", ".join(dict.fromkeys(elsewhere)) + " (other chips or layers; --all tells why)"
+
+
+def _steps_lines(group: UnitGroup) -> Iterator[str]:
+    """Kernels by number of tokens where they change within a regime; with the shapes where those differ."""
+    by_line: dict[str, list[str]] = {}
+    for unit in group.units:
+        by_line.setdefault(steps_line(unit.to_dict()), []).append(" x ".join(map(str, unit.shape)))
+    for line, shapes in by_line.items():
+        if line:
+            yield line + (f"  [{', '.join(shapes)}]" if len(by_line) > 1 else "")
 
 
 # a kernel refused for one of these is made for another chip or another kind of layer: nobody would expect it here

@@ -28,6 +28,7 @@ from anybit.cli.explain_tables import (
     refusal_lines,
     rows_of,
     slower_lines,
+    steps_line,
     took,
 )
 from anybit.cli.folding import part_names
@@ -202,6 +203,8 @@ def _details(rows: Rows) -> Iterator[str]:
         seconds = rows.seconds(regime) or 0.0
         rounded = f"; rounds {row['rounds']}" if row["rounds"] else ""
         pairs.append((regime, f"{row['name']}, {row['execution']}, {took(seconds, row['price'])}{rounded}"))
+    if steps_line(first):
+        pairs.append(("by M", steps_line(first)))
     pairs += [("if", f"{row['condition']}; otherwise {row['otherwise']}") for row in first["preconditions"]]
     pairs += [("slower", line) for line in slower_lines(first)]
     pairs += [("faster", line) for line in better_lines(first)]

@@ -17,6 +17,7 @@ from anybit.cli.explain_tables import (
     price_word,
     refusal_lines,
     rows_of,
+    steps_line,
     took,
 )
 from anybit.cli.folding import part_names
@@ -85,6 +86,8 @@ def _platform(document: Document) -> Iterator[str]:
             rounded = f", rounds {row['rounds']}" if row["rounds"] else ""
             price = took(rows.seconds(regime) or 0.0, row["price"])
             yield f"- {regime}: {row['name']}, {row['execution']}, {price}{_text(rounded)}"
+        if steps_line(first):
+            yield f"- by M: {steps_line(first)}"
         for row in first["preconditions"]:
             yield f"- if {_text(row['condition'])}; otherwise {row['otherwise']}"
         yield from (f"- faster: {_text(line)}" for line in better_lines(first))

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from anybit.cli.folding import bits, part_names
 from anybit.cli.output import duration
-from anybit.kernels.request import REGIMES
+from anybit.kernels.request import REGIMES, Kernels
 from anybit.planning.choose import WEIGHTS
 from anybit.planning.difference import seconds_of
 
@@ -152,6 +152,17 @@ def memory_parts(document: Document, tokens: int = CONTEXT) -> dict[str, int]:
 def took(seconds: float, source: str) -> str:
     """`51.2 µs modelled`; a table whose rows are only looked up takes no time worth counting."""
     return f"{duration(seconds)} {source}" if seconds else "looked up"
+
+
+def steps_line(unit: Mapping[str, Any]) -> str:
+    """`triton-matvec to M = 8 · triton-fused to 192 · triton-expand beyond`; "" where the regimes say it all."""
+    names = Kernels((row["up_to_tokens"], row["name"]) for row in unit["by_tokens"])
+    if names.steps == Kernels.of(dict(names)).steps or not names:
+        return ""
+    last = len(names.steps) - 1
+    bounds = (" beyond" if i == last else f" to {'M = ' if i == 0 else ''}{most:,}"
+              for i, (most, _) in enumerate(names.steps))
+    return " · ".join(name + bound for (_, name), bound in zip(names.steps, bounds, strict=True))
 
 
 def decode_seconds(document: Document) -> float:

@@ -111,7 +111,10 @@ def _report(
             "model": model, "platform": plan.platform.to_dict(), "dtype": plan.dtype, "ok": not failed,
             "proofs": [proof.to_dict() for proof in proofs],
             "disqualified": [{"kernel": p.kernel, "scheme": p.scheme, "fault": p.fault} for p in failed],
-            "kernels_now": {unit.layers[0]: dict(unit.choice.names) for unit in plan.units},
+            "kernels_now": {
+                unit.layers[0]: [{"up_to_tokens": most, "name": name} for most, name in unit.choice.names.steps]
+                for unit in plan.units
+            },
             "without_kernel": list(plan.refused),
         })
         return

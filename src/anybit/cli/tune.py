@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from anybit.checkpoints.online import quantizer
 from anybit.cli import options
+from anybit.cli.bench_kernels import finite, numbers
 from anybit.cli.output import Output, counted, duration, make_output, shown
 from anybit.errors import Unsupported
-from anybit.kernels.request import REGIMES, regime_of
+from anybit.kernels.request import BUCKETS, Request
 from anybit.planning import measured
+from anybit.planning.choose import Policy
+from anybit.planning.regret import Regret, regrets, worst
 from anybit.platforms import Platform, detect
 from anybit.schemes import Layer, Scheme, dense
 
@@ -32,6 +35,11 @@ class Subject:
     shape: tuple[int, int]
 
 
+# M at which kernels are timed: on a GPU those of every bucket, on a CPU the others are interpolated
+TOKENS: Final = {"cpu": "1,16,64,512"}
+ALL_TOKENS: Final = ",".join(str(priced) for _, priced in BUCKETS)
+
+
 def tune(
     what: Annotated[
         list[str], typer.Argument(metavar="MODEL|NxK:SCHEME ...", show_default=False,
@@ -39,42 +47,82 @@ def tune(
     ],
     device: options.Device = None,
     dtype: options.Dtype = None,
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", metavar="M", help="rows of x, with commas",
+                                 rich_help_panel=options.CHOICE, show_default="those that plans price")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="keep nothing; fail where the plan's kernel is over 5 % slower than the "
+                           "best of its layout", rich_help_panel=options.CHOICE)
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Measure every capable kernel on the layers of a model; plans on this machine then use the times.
 
-    A kernel is checked against the float64 product before it is timed; a wrong one is disqualified by name.
+    A kernel is checked against the float64 product before it is timed; a wrong one is disqualified by name. Printed
+    beside the times: what the plan runs, the best kernel of its layout and of others, what the choice loses to them.
 
     anybit tune smollm2
 
     anybit tune 4096x14336:int4_g128 4096x14336:nvfp4 --device cuda --dtype bfloat16
-    """
-    from anybit.hosts.tuning import measure
-    from anybit.kernels.trials import sample_weight
 
+    anybit tune smollm2 --check
+    """
     output = make_output("json" if json else "quiet" if quiet else "human")
     platform = detect(device or "auto")
     name = dtype or ("float32" if platform.vendor == "cpu" else "bfloat16")
     known = measured.read(platform)
     for remark in known.remarks:
         output.warning(remark)
-    place = options.torch_device(device, platform)
-    timings: list[Timing] = []
     subjects = list(dict.fromkeys(subject for text in what for subject in _subjects(text)))
-    with output.progress("measuring", len(subjects), unit="layers") as advance:
-        for subject in subjects:
-            weight = sample_weight(subject.scheme, subject.shape)
-            tokens = [priced for _, priced in REGIMES.values()]
-            timings += measure(weight, platform, place, name, tokens)
-            advance(1)
-    _keep(platform, known, timings)
+    counts = numbers(tokens or TOKENS.get(platform.vendor, ALL_TOKENS))
+    timings = _timings(output, subjects, platform, options.torch_device(device, platform), name, counts)
+    if not check:
+        _keep(platform, known, timings)
+    found = [regret for subject in subjects for regret in _regrets(subject, platform, name, known, timings)]
     if json:
         output.document("tune", {"platform": platform.to_dict(), "file": str(measured.path_of(platform)),
-                                 "timings": [t.to_dict() for t in timings]})
-        return
-    _print(output, timings)
-    output.line(f"{counted(len(timings), 'time')} kept in {measured.path_of(platform)}")
+                                 "is_kept": not check, "timings": [finite(t.to_dict()) for t in timings],
+                                 "choices": [regret.to_dict() for regret in found], "worst_regret": worst(found)})
+    else:
+        _print(output, timings)
+        _print_choices(output, found)
+        kept = "nothing is kept (--check)" if check else f"kept in {measured.path_of(platform)}"
+        output.line(f"{counted(len(timings), 'time')} {kept}")
+    wrong = [t for t in timings if t.fault] if check else []
+    if check and (wrong or not all(regret.is_allowed for regret in found)):
+        raise typer.Exit(1)
+
+
+def _timings(
+    output: Output, subjects: list[Subject], platform: Platform, device: str, dtype: str, tokens: list[int]
+) -> list[Timing]:
+    from anybit.hosts.tuning import measure
+    from anybit.hosts.warming import tasks_of, warm, workers_for
+    from anybit.kernels.trials import sample_weight
+
+    timings: list[Timing] = []
+    if platform.vendor != "cpu":
+        tasks = tasks_of([(subject.scheme, subject.shape) for subject in subjects], platform, dtype, tokens)
+        warm(tasks, device, workers_for(len(tasks)))
+    with output.progress("measuring", len(subjects), unit="layers") as advance:
+        for subject in subjects:
+            timings += measure(sample_weight(subject.scheme, subject.shape), platform, device, dtype, tokens)
+            advance(1)
+    return timings
+
+
+def _regrets(
+    subject: Subject, platform: Platform, dtype: str, known: measured.Measured, timings: list[Timing]
+) -> list[Regret]:
+    """What the plan loses on a layer, as it stands by what is known."""
+    times: dict[int, dict[str, float]] = {}
+    for timing in timings:
+        if (timing.scheme, timing.shape) == (str(subject.scheme), subject.shape) and not timing.fault:
+            times.setdefault(timing.tokens, {})[timing.kernel] = timing.seconds
+    policy = Policy(measured=known.prices(dtype), disproved=known.disproved)
+    return list(regrets(Request("linear", subject.scheme, subject.shape, dtype), platform, policy, times))
 
 
 def _subjects(text: str) -> Iterator[Subject]:
@@ -100,7 +148,7 @@ def _keep(platform: Platform, known: measured.Measured, timings: list[Timing]) -
         if timing.fault:
             known.disproved[timing.kernel, timing.scheme] = timing.fault
         else:
-            cell = (timing.kernel, timing.scheme, *timing.shape, timing.dtype, regime_of(timing.tokens))
+            cell = (timing.kernel, timing.scheme, *timing.shape, timing.dtype, timing.tokens)
             known.seconds[cell] = timing.seconds
     measured.write(platform, known)
 
@@ -113,3 +161,20 @@ def _print(output: Output, timings: list[Timing]) -> None:
         rows.append((str(timing.tokens), str(n), str(k), shown(timing.scheme), timing.kernel, shown(took),
                      "WRONG" if timing.fault else f"{timing.relative:.1e}"))
     output.rows(rows, indent=0, right=(0, 1, 2))
+
+
+def _print_choices(output: Output, found: list[Regret]) -> None:
+    rows = [("m", "n", "k", "scheme", "runs", "best of its layout", "lost", "best of others", "lost")]
+    for regret in found:
+        n, k = regret.request.shape
+        other = "" if regret.other is None else f"{regret.other[0]} {duration(regret.other[1])}"
+        rows.append((str(regret.request.tokens), str(n), str(k), shown(regret.request.scheme), regret.chosen[0],
+                     f"{regret.best[0]} {duration(regret.best[1])}", _lost(regret.within), other,
+                     _lost(regret.against_others)))
+    if len(rows) > 1:
+        output.line()
+        output.rows(rows, indent=0, right=(0, 1, 2, 6, 8))
+
+
+def _lost(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"

@@ -19,7 +19,8 @@ from anybit.errors import Inconsistent, Unsupported
 from anybit.hosts.meter import release_freed
 from anybit.hosts.modules import AnybitEmbedding, AnybitExperts, AnybitLinear, TiedHead
 from anybit.hosts.naming import Naming
-from anybit.kernels.catalogue import Stored, implementation
+from anybit.hosts.preparing import Preparing
+from anybit.kernels.catalogue import Stored
 from anybit.kernels.linear.planes_unit import as_unit
 from anybit.kernels.product import product_of
 from anybit.kernels.request import Request
@@ -94,7 +95,7 @@ def _assign_layer(found: Assignment, layer: Layer, plan: Plan, only_quantized: b
     direct = naming.parameter(layer.name)  # stacked experts carry the name of the parameter itself
     unit = plan.unit_of(layer.name)
     # the host's own product is torch's, for every M and without a promise about batches
-    is_hosts = set(unit.choice.names.values()) == {"torch-dense"} and not plan.policy.batch_invariant
+    is_hosts = unit.choice.names.used == {"torch-dense"} and not plan.policy.batch_invariant
     is_ours = unit.scheme.is_quantized or not (is_hosts or only_quantized)
     if direct and not unit.scheme.is_quantized:
         found.tensors[direct] = layer.name
@@ -152,6 +153,9 @@ class Filler:
     quantize: Quantizer | None = None
     progress: Progress | None = None
     _read_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self._preparing = Preparing(self.plan, self.dtype)
 
     def fill(self, *, with_plain: bool = True) -> None:
         """Install everything; without `with_plain` only modules of ours (transformers loaded the rest)."""
@@ -211,10 +215,8 @@ class Filler:
                 raise Unsupported("no kernel runs this layer as it turned out to be", where=name,
                                   found=str(weight.scheme), wanted=str(unit.scheme))
         assert isinstance(choice, Choice)
-        prepare = implementation(choice.spec).prepare
-        if self.plan.policy.batch_invariant:
-            return prepare(weight.to(device), self.dtype, choice.names, pinned=True)
-        return prepare(weight.to(device), self.dtype, choice.names)
+        asked = Request(unit.kind, weight.scheme, tuple(weight.shape), unit.dtype)
+        return self._preparing(choice, weight.to(device), asked)
 
     def _install_unit(self, paths: tuple[str, ...]) -> bool:
         """Layers that read the same input as one product, where their kernel stores them so; False: one by one."""

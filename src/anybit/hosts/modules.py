@@ -9,7 +9,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ from anybit.kernels.linear.tiled_torch import as_bits
 from anybit.kernels.product import Product
 from anybit.kernels.request import REGIMES
 
+if TYPE_CHECKING:
+    from anybit.kernels.triton.experts import ExpertStack
+
+_ROWS_OF_ONE: Final = 192  # rows of an expert from which on decoding its weights once and torch's product are faster
 _PRODUCTS: weakref.WeakValueDictionary[int, _Bound] = weakref.WeakValueDictionary()
 _EXPERTS: weakref.WeakValueDictionary[int, AnybitExperts] = weakref.WeakValueDictionary()
 
@@ -177,6 +182,8 @@ class AnybitExperts(nn.Module):
             self.add_module(str(expert), nn.ModuleDict(parts))
         self.has_fused = "gate_up_proj" in projections
         self.is_concatenated = bool(getattr(host, "is_concatenated", True))
+        self._projections = {name: list(products) for name, products in projections.items()}
+        self._stacks = self._stacked()
         self.key = id(self)
         _EXPERTS[self.key] = self
 
@@ -184,23 +191,61 @@ class AnybitExperts(nn.Module):
         """hidden_states [M, H], the experts of each token [M, T] and their weights [M, T] -> [M, H]."""
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():  # which experts run depends on data
             return cast("Tensor", torch.ops.anybit.experts(hidden_states, top_k_index, top_k_weights, self.key))
+        if self._runs_at_once(hidden_states, top_k_index):
+            return self._at_once(hidden_states, top_k_index, top_k_weights)
         result = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             if expert >= self.num_experts:  # the mark of an expert on another device
                 continue
             token, place = torch.where(top_k_index == expert)
-            gated = self._gate(self._gate_up(hidden_states[token], expert))
+            gated = self._gate(self._together(partial(self._one, expert), hidden_states[token]))
             out = self._projection("down_proj", expert)(gated) * top_k_weights[token, place, None]
             result.index_add_(0, token, out.to(result.dtype))
         return result
 
+    # --- all experts of a projection as one launch, on a GPU ---
+
+    def _stacked(self) -> dict[str, ExpertStack]:
+        """The projections as stacks; empty where a projection's experts are not alike or lie in another layout."""
+        found = {name: _stack(products) for name, products in self._projections.items()}
+        return {name: stack for name, stack in found.items() if stack is not None} if all(found.values()) else {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """As every module's; tensors that moved one by one are put behind each other again."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._stacks = self._stacked()
+        return self
+
+    def _runs_at_once(self, x: Tensor, index: Tensor) -> bool:
+        """True where one launch for all experts is the faster way, or the only one that a graph can record."""
+        if not self._stacks or not x.is_cuda or not all(stack.takes(x.dtype) for stack in self._stacks.values()):
+            return False
+        return index.numel() < _ROWS_OF_ONE * self.num_experts or torch.cuda.is_current_stream_capturing()
+
+    def _at_once(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        from anybit.kernels.triton.experts import Segments
+
+        segments = Segments.of(index, self.num_experts)
+        chosen = index.shape[-1]
+        token = torch.arange(index.numel(), device=x.device) if segments.order is None else segments.order
+        rows = x.index_select(0, token // chosen)
+        gated = self._gate(self._together(lambda name, at: self._stacks[name](at, segments), rows))
+        out = segments.back(self._stacks["down_proj"](gated, segments)).view(x.shape[0], chosen, -1)
+        return (out.float() * weights[..., None]).sum(1).to(x.dtype)
+
+    # --- what both ways share ---
+
+    def _one(self, expert: int, name: str, x: Tensor) -> Tensor:
+        return cast("Tensor", self._projection(name, expert)(x))
+
     def _projection(self, name: str, expert: int) -> AnybitLinear:
         return cast("AnybitLinear", cast("nn.ModuleDict", self._modules[str(expert)])[name])
 
-    def _gate_up(self, x: Tensor, expert: int) -> Tensor:
+    def _together(self, product: Callable[[str, Tensor], Tensor], x: Tensor) -> Tensor:
+        """Gate and up of rows x as the host's gating takes them; `product` multiplies by the named projection."""
         if self.has_fused:
-            return cast("Tensor", self._projection("gate_up_proj", expert)(x))
-        gate, up = self._projection("gate_proj", expert)(x), self._projection("up_proj", expert)(x)
+            return product("gate_up_proj", x)
+        gate, up = product("gate_proj", x), product("up_proj", x)
         if self.is_concatenated:
             return torch.cat([gate, up], dim=-1)
         return torch.stack([gate, up], dim=-1).flatten(-2)
@@ -211,6 +256,33 @@ class AnybitExperts(nn.Module):
             return cast("Tensor", apply(gate_up))
         gate, up = gate_up.chunk(2, dim=-1)
         return cast("Tensor", cast("Any", self.host).act_fn(gate)) * up
+
+
+def _stack(products: list[AnybitLinear]) -> ExpertStack | None:
+    """The experts' weights behind each other, and the modules' buffers as parts of them; None where they are not alike.
+
+    Only products on a GPU that do nothing which an expert's number does not decide.
+    """
+    from anybit.kernels.triton.experts import stack_of
+
+    stored = [p.product.stored for p in products]
+    biases = [p.product.bias for p in products]
+    if not products or not next(iter(stored[0].tensors().values())).is_cuda or not all(map(_is_simple, products)):
+        return None
+    found = stack_of(stored, biases)
+    if found is None:
+        return None
+    stack, tensors = found
+    for product, own in zip(products, tensors, strict=True):
+        for name, tensor in own.items():
+            product.register_buffer(f"packed_{name}", tensor)
+    return stack
+
+
+def _is_simple(module: AnybitLinear) -> bool:
+    product = module.product
+    is_quantized = product.scheme.activation is None or product.stored.quantizes_input
+    return product.pre_scale is None and product.scheme.output is None and is_quantized
 
 
 def _is_watched(x: Tensor) -> bool:

@@ -16,8 +16,8 @@ from anybit.checkpoints.checkpoint import Checkpoint
 from anybit.checkpoints.online import OnlineQuantizer
 from anybit.kernels.catalogue import Stored, implementation
 from anybit.kernels.product import product_of
-from anybit.kernels.request import Request, regime_of
-from anybit.kernels.trials import Difference, compare, probes
+from anybit.kernels.request import Request
+from anybit.kernels.trials import PROBE_TOKENS, Difference, compare, probes
 from anybit.planning.plan import Plan, PlanUnit
 from anybit.weights import Weight
 
@@ -101,8 +101,8 @@ def _unit_proofs(
         return
     request = Request(unit.kind, weight.scheme, tuple(weight.shape), plan.dtype)
     found: dict[str, list[tuple[Difference, str, str]]] = {}
-    for label, x in probes(weight.shape[-1], dtype, device):
-        chosen = unit.choice.kernels[regime_of(x.shape[0])].spec
+    for label, x in (*probes(weight.shape[-1], dtype, device), *_for_the_rest(unit, weight, dtype, device)):
+        chosen = unit.choice.at(x.shape[0]).spec
         rounds = chosen.rounds(request, plan.platform)
         try:
             difference = compare(weight, product_of(weight, stored), x, rounds)
@@ -113,6 +113,20 @@ def _unit_proofs(
     for kernel, tried in found.items():
         worst, label, fault = max(tried, key=lambda row: (bool(row[2]), row[0].worst))
         yield proof(kernel, len(tried), worst, label, fault)
+
+
+def _for_the_rest(
+    unit: PlanUnit, weight: Weight, dtype: torch.dtype, device: torch.device | str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Inputs for kernels of the plan that no probe reaches: those of many tokens."""
+    names = unit.choice.names
+    tried = {names.at(tokens) for tokens in PROBE_TOKENS}
+    fewest = 1
+    for most, name in names.steps:
+        if name not in tried:
+            x = torch.randn(fewest, weight.shape[-1], generator=torch.Generator().manual_seed(fewest))
+            yield f"normal, M = {fewest}", x.to(dtype).to(device)
+        fewest = most + 1
 
 
 def _lookup(

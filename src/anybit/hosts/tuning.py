@@ -1,15 +1,17 @@
 """Measuring kernels on the device at hand: each capable kernel on one scheme and shape, correct before timed.
 
 Times are medians with cold weights (calls rotate over copies that no cache holds); on a GPU a graph of calls is
-replayed, so that what counts is the device's time. A kernel whose answer is outside its bound is not timed: it is
-reported, and `tune` disqualifies it on this machine.
+replayed, so that what counts is the device's time. Where a ratio to torch's unquantized product is wanted, both are
+timed in turn. A kernel whose answer is outside its bound is not timed: it is reported, and `tune` disqualifies it on
+this machine.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -17,25 +19,31 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from anybit.kernels.catalogue import KERNELS, Stored, implementation
+from anybit.errors import DeviceProblem
+from anybit.kernels.catalogue import KERNELS, Stored, implementation, kernel
 from anybit.kernels.product import Product, product_of
-from anybit.kernels.request import REGIMES, KernelSpec, Regime, Request, regime_of, scale_bytes
-from anybit.kernels.trials import compare, copies_for, sample_weight, seconds_of
+from anybit.kernels.request import ANY, Kernels, KernelSpec, Request, scale_bytes
+from anybit.kernels.trials import Clock, Oracle, copies_for, sample_weight
 from anybit.numerics.formats import number_format
 from anybit.platforms import Platform
-from anybit.schemes import Scheme
+from anybit.schemes import Scheme, dense
 from anybit.weights import Weight
 
 EMPTY_LAUNCH_SECONDS: Final = 0.7e-6  # an empty kernel in a graph, measured on an H200
 _MAX_COPIES: Final = 64
+_TURNS: Final = 3  # times that a kernel and the unquantized product are timed, in turn
+_TURN_SECONDS: Final = 0.01
+_HOPELESS: Final = 8.0  # times the least modelled time: not worth the wait
 
 
 @dataclass(frozen=True)
 class Timing:
     """One kernel on one scheme, shape and number of tokens.
 
-    seconds   of one call, NaN where the answer was wrong
-    worst     error over its bound, relative the Frobenius norm of the error over that of the product
+    seconds      of one call, NaN where the answer was wrong
+    worst        error over its bound, relative the Frobenius norm of the error over that of the product
+    unquantized  seconds of torch's product of the same shape, timed in turn; NaN where none was
+    ratios       how many times as fast, of each turn
     """
 
     kernel: str
@@ -48,6 +56,18 @@ class Timing:
     worst: float
     relative: float
     fault: str = ""
+    unquantized: float = math.nan
+    ratios: tuple[float, ...] = ()
+
+    @property
+    def times_unquantized(self) -> float:
+        """How many times as fast as torch's unquantized product: the median turn; NaN where it was not timed."""
+        return statistics.median(self.ratios) if self.ratios else math.nan
+
+    @property
+    def spread(self) -> float:
+        """Largest less smallest ratio of the turns, over their median."""
+        return (max(self.ratios) - min(self.ratios)) / self.times_unquantized if self.ratios else math.nan
 
     @property
     def flops(self) -> float:
@@ -58,7 +78,8 @@ class Timing:
         """The timing as data."""
         return {"kernel": self.kernel, "layout": self.layout, "scheme": self.scheme, "shape": list(self.shape),
                 "dtype": self.dtype, "tokens": self.tokens, "seconds": self.seconds, "error_over_bound": self.worst,
-                "relative_error": self.relative, "fault": self.fault}
+                "relative_error": self.relative, "fault": self.fault, "unquantized_seconds": self.unquantized,
+                "times_unquantized": self.times_unquantized, "spread": self.spread}
 
 
 def floor_seconds(scheme: Scheme, shape: tuple[int, int], tokens: int, dtype: str, bandwidth: float) -> float:
@@ -91,31 +112,47 @@ def _synchronize(kind: str) -> None:
 
 def measure(
     weight: Weight, platform: Platform, device: torch.device | str, dtype: str, tokens: Sequence[int],
-    kernels: Sequence[str] | None = None, floor: float = 0.0,
+    kernels: Sequence[str] | None = None, beside: Mapping[int, Clock] | None = None,
 ) -> Iterator[Timing]:
     """Every capable kernel on a weight [N, K] at each number of tokens, correct before timed.
 
-    kernels  only these
-    floor    kernels whose modelled time is more than 50 times this are left out, 0 keeps all
+    kernels  only these; without, kernels of many times the least modelled time are left out
+    beside   torch's unquantized product by number of tokens, timed in turn with each kernel
     """
-    n, k = weight.shape
-    for spec in KERNELS:
-        if kernels is not None and spec.name not in kernels:
-            continue
-        counts = [m for m in tokens if _can(spec, weight.scheme, (n, k), dtype, m, platform)]
-        if not counts:
-            continue
-        products = _Copies(spec, weight, dtype, device)
-        for m in counts:
-            asked = Request("linear", weight.scheme, (n, k), dtype, regime_of(m))
-            if floor and spec.seconds(asked, platform) > 50 * max(floor, 20e-6):
-                continue
-            yield _timing(spec, asked, platform, products, weight, m)
-        del products
+    weight = weight.to(device)
+    asked = Request("linear", weight.scheme, weight.shape, dtype)
+    able = capable(asked, platform, tokens, kernels)
+    oracles: dict[int, Oracle] = {}
+    with torch.inference_mode():
+        for spec, counts in able.items():
+            products = _Copies(spec, weight, dtype, device)
+            for m in counts:
+                x = example(m, weight.shape[1], dtype, device)
+                if m not in oracles:
+                    oracles[m] = Oracle(weight, x)
+                yield _timing(spec, asked.of(m), platform, products, x, oracles[m], (beside or {}).get(m))
+            del products
 
 
-def _can(spec: KernelSpec, scheme: Scheme, shape: tuple[int, int], dtype: str, tokens: int, platform: Platform) -> bool:
-    return spec.can_implement(Request("linear", scheme, shape, dtype, regime_of(tokens)), platform).ok
+def capable(
+    asked: Request, platform: Platform, tokens: Sequence[int], kernels: Sequence[str] | None = None
+) -> dict[KernelSpec, list[int]]:
+    """The kernels that can run a layer, and at which numbers of tokens they are worth timing."""
+    found: dict[KernelSpec, list[int]] = {}
+    for m in tokens:
+        able = [spec for spec in KERNELS if spec.can_implement(asked.of(m), platform).ok]
+        modelled = {spec: spec.seconds(asked.of(m), platform) for spec in able}
+        for spec in able:
+            is_hopeless = modelled[spec] > _HOPELESS * max(min(modelled.values()), 1e-6)
+            if spec.name in kernels if kernels is not None else not is_hopeless:
+                found.setdefault(spec, []).append(m)
+    return {spec: found[spec] for spec in KERNELS if spec in found}
+
+
+def example(tokens: int, columns: int, dtype: str, device: torch.device | str) -> Tensor:
+    """x [M, K] of normal numbers, the same in every process."""
+    made = torch.Generator().manual_seed(tokens)
+    return torch.randn(tokens, columns, generator=made).to(getattr(torch, dtype)).to(device)
 
 
 class _Copies:
@@ -123,21 +160,20 @@ class _Copies:
 
     def __init__(self, spec: KernelSpec, weight: Weight, dtype: str, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self._dtype: torch.dtype = getattr(torch, dtype)
         self._made: list[Product] = []
         self.fault = ""
-        kernels: dict[Regime, str] = dict.fromkeys(REGIMES, spec.name)
         try:
-            self._made.append(self._one(spec, weight, kernels))
-            nbytes = sum(t.nbytes for t in self._made[0].stored.tensors().values())
+            self._made.append(self._one(spec, weight))
+            nbytes = sum(t.nbytes for t in self.first.stored.tensors().values())
             count = min(copies_for(nbytes), _MAX_COPIES) if self.device.type == "cuda" else 2
-            self._made += [self._one(spec, weight, kernels) for _ in range(count - 1)]
+            self._made += [self._one(spec, weight) for _ in range(count - 1)]
         except Exception as error:
-            self.fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            self.fault = _said(error)
 
-    def _one(self, spec: KernelSpec, weight: Weight, kernels: dict[Regime, str]) -> Product:
-        own = deepcopy(weight.to(self.device))  # a layout may keep the tensors it is given: copies would be one
-        stored: Stored = implementation(spec).prepare(own, self.dtype, kernels)
+    def _one(self, spec: KernelSpec, weight: Weight) -> Product:
+        own = deepcopy(weight)  # a layout may keep the tensors it is given: copies would be one
+        stored: Stored = implementation(spec).prepare(own, self._dtype, Kernels([(ANY, spec.name)]))
         return product_of(own, stored)
 
     @property
@@ -153,32 +189,47 @@ class _Copies:
         return [call(product) for product in self._made]
 
 
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def _timing(
-    spec: KernelSpec, asked: Request, platform: Platform, products: _Copies, weight: Weight, tokens: int
+    spec: KernelSpec, asked: Request, platform: Platform, products: _Copies, x: Tensor, oracle: Oracle,
+    beside: Clock | None,
 ) -> Timing:
-    n, k = weight.shape
-    base = Timing(spec.name, spec.layout, str(weight.scheme), (n, k), asked.dtype, tokens, math.nan, math.inf, math.inf)
-    if products.fault:
-        return replace(base, fault=products.fault)
-    generator = torch.Generator().manual_seed(tokens)
-    x = torch.randn(tokens, k, generator=generator).to(products.dtype).to(products.device)
+    n, k = asked.shape
+    base = Timing(spec.name, spec.layout, str(asked.scheme), (n, k), asked.dtype, asked.tokens, math.nan, math.inf,
+                  math.inf, products.fault)
+    if base.fault:
+        return base
     try:
-        with torch.inference_mode():
-            difference = compare(weight.to(products.device), products.first, x[: min(tokens, 512)],
-                                 spec.rounds(asked, platform))
-            base = replace(base, worst=difference.worst, relative=difference.relative)
-            if not difference.ok:
-                return replace(base, fault=difference.fault)
-            return replace(base, seconds=seconds_of(products.calls(x), products.device))
+        difference = oracle.difference(products.first(x), spec.rounds(asked, platform))
+        base = replace(base, worst=difference.worst, relative=difference.relative)
+        if not difference.ok:
+            return replace(base, fault=difference.fault)
+        clock = Clock(products.calls(x), products.device)
+        return _in_turn(base, clock, beside)
     except Exception as error:
-        return replace(base, fault=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        return replace(base, fault=_said(error))
 
 
-def dense_timings(shape: tuple[int, int], platform: Platform, device: torch.device | str, dtype: str,
-                  tokens: Sequence[int]) -> dict[int, float]:
-    """Seconds of torch's own product of an unquantized weight, by number of tokens: what ratios compare with."""
-    from anybit.schemes import dense
+def _in_turn(base: Timing, clock: Clock, beside: Clock | None) -> Timing:
+    """The timing of a right kernel, in turn with the unquantized product where there is one."""
+    if beside is None:
+        return replace(base, seconds=clock.seconds())
+    turns = [(beside.seconds(_TURN_SECONDS), clock.seconds(_TURN_SECONDS)) for _ in range(_TURNS)]
+    return replace(
+        base, seconds=statistics.median(own for _, own in turns),
+        unquantized=statistics.median(other for other, _ in turns), ratios=tuple(other / own for other, own in turns),
+    )
 
-    weight = sample_weight(dense(dtype), shape)
-    found = measure(weight, platform, device, dtype, tokens, kernels=("torch-dense",))
-    return {timing.tokens: timing.seconds for timing in found}
+
+def unquantized_clocks(shape: tuple[int, int], device: torch.device | str, dtype: str,
+                       tokens: Sequence[int]) -> dict[int, Clock]:
+    """torch's own product of an unquantized weight [N, K] by number of tokens: what ratios compare with."""
+    weight = sample_weight(dense(dtype), shape, device=device)
+    with torch.inference_mode():
+        copies = _Copies(kernel("torch-dense"), weight, dtype, device)
+        if copies.fault:
+            raise DeviceProblem("torch's own product fails", found=copies.fault, wanted="a device that multiplies")
+        return {m: Clock(copies.calls(example(m, shape[1], dtype, device)), device) for m in tokens}

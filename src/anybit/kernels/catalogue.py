@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from anybit.kernels.linear import (
     aiter,
     dense,
+    humming,
     planes,
     tiled,
     torch_low_precision,
@@ -29,6 +30,7 @@ KERNELS: Final[tuple[KernelSpec, ...]] = (
     dense.SPEC,
     triton_skinny.SPEC,
     aiter.SPEC,
+    humming.SPEC,
     planes.MATVEC,
     planes.GEMM,
     planes.EXPAND,

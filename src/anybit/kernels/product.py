@@ -44,13 +44,8 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [.., K] in a float dtype -> [.., N] in the same dtype."""
-        if x.is_cuda and x.device.index != torch.cuda.current_device():  # kernels are launched on the current device
-            with torch.cuda.device(x.device):
-                return self._run(x)
-        return self._run(x)
-
-    def _run(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        is_flat = x.dim() == 2
+        rows = x if is_flat else x.reshape(-1, x.shape[-1])
         tokens = rows.shape[0]
         if self.pre_scale is not None:
             rows = rows.float() * self.pre_scale
@@ -59,7 +54,7 @@ class Product:
         y = self.stored.linear(rows, regime_of(tokens), self.bias, x.dtype)
         if self.scheme.output is not None:
             y = quantize_dequantize(y.float(), self.scheme.output, self.activation).to(x.dtype)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y if is_flat else y.reshape(*x.shape[:-1], y.shape[-1])
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """Gradient of the input [.., K] for that of the output [.., N]: straight through the roundings."""

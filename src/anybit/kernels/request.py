@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 from anybit.kernels.compiling import CompileCase
@@ -24,22 +25,92 @@ def regime_of(tokens: int) -> Regime:
 
 
 _FEW, _SOME = REGIMES["decode"][0], REGIMES["small"][0]
+ANY: Final = 2**31 - 1
+# (largest M, M at which it is priced): a kernel is chosen for each. Every regime is priced at one of them and ends with
+# one. Decode is not divided: hosts hand a step of so few tokens straight to the kernel. The steps between 64 and 256
+# are finer since there lies the turn from decoding in registers to writing weights out.
+BUCKETS: Final = ((8, 1), (16, 16), (32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (512, 512),
+                  (1024, 1024), (ANY, 4096))
+assert {most for most, _ in REGIMES.values()} <= {most for most, _ in BUCKETS}
+assert {priced for _, priced in REGIMES.values()} <= {priced for _, priced in BUCKETS}
+
+
+def priced_at(tokens: int) -> int:
+    """The M at which calls of so many tokens are priced."""
+    return next(priced for most, priced in BUCKETS if tokens <= most)
+
+
+class Kernels(Mapping[Regime, str]):
+    """The kernels of one layer by number of tokens, as the plan chose them; as a mapping, those of the regimes.
+
+    steps  (largest M, kernel), ascending; equal neighbours are one step
+
+    >>> Kernels([(64, "fused"), (128, "fused"), (ANY, "expand")]).steps
+    ((128, 'fused'), (2147483647, 'expand'))
+    """
+
+    def __init__(self, steps: Iterable[tuple[int, str]]) -> None:
+        """`steps` may have equal neighbours."""
+        joined: list[tuple[int, str]] = []
+        for most, name in steps:
+            if joined and joined[-1][1] == name:
+                joined.pop()
+            joined.append((most, name))
+        self.steps = tuple(joined)
+
+    @classmethod
+    def of(cls, kernels: Mapping[Regime, str]) -> Kernels:
+        """As given, or of the kernels of regimes."""
+        return kernels if isinstance(kernels, Kernels) else cls((REGIMES[r][0], kernels[r]) for r in REGIMES
+                                                                if r in kernels)
+
+    @property
+    def used(self) -> frozenset[str]:
+        """All of them."""
+        return frozenset(name for _, name in self.steps)
+
+    def at(self, tokens: int) -> str:
+        """The kernel of a call with M tokens."""
+        for most, name in self.steps:  # one to three of them; asked at every call, by a compiler too
+            if tokens <= most:
+                return name
+        return self.steps[-1][1]
+
+    def __getitem__(self, regime: Regime) -> str:
+        return self.at(REGIMES[regime][1])
+
+    def __iter__(self) -> Iterator[Regime]:
+        return iter(REGIMES if self.steps else ())
+
+    def __len__(self) -> int:
+        return len(REGIMES) if self.steps else 0
+
+    def __repr__(self) -> str:
+        return f"Kernels({self.steps})"
 
 
 @dataclass(frozen=True)
 class Request:
-    """One layer in one regime: kind, scheme, shape (N, K) or (E, N, K), dtype of its activations."""
+    """One layer in one regime: kind, scheme, shape (N, K) or (E, N, K), dtype of its activations.
+
+    at  M of the call where it is not the one that stands for the regime
+    """
 
     kind: LayerKind
     scheme: Scheme
     shape: tuple[int, ...]
     dtype: str = "float32"
     regime: Regime = "decode"
+    at: int | None = None
 
     @property
     def tokens(self) -> int:
         """M at which the request is priced."""
-        return REGIMES[self.regime][1]
+        return REGIMES[self.regime][1] if self.at is None else self.at
+
+    def of(self, tokens: int) -> Request:
+        """The same layer asked for a call with M tokens."""
+        return replace(self, regime=regime_of(tokens), at=tokens)
 
     @property
     def elements(self) -> int:
@@ -91,6 +162,15 @@ def rounds_nothing(request: Request, platform: Platform) -> str | None:
     return None
 
 
+def roundings(rounds: str | None) -> int:
+    """How many things a kernel says that it rounds: its words, joined by commas and "and", name one each.
+
+    >>> roundings(None), roundings("weights to bfloat16"), roundings("scales, weights and partial sums to bfloat16")
+    (0, 1, 3)
+    """
+    return 0 if rounds is None else len(re.split(", | and ", rounds))
+
+
 def assumes_nothing(request: Request) -> str | None:
     """All that the kernel needs is known from headers."""
     return None
@@ -108,8 +188,8 @@ class KernelSpec:
     executes        (request, platform) -> how the declared arithmetic is carried out; "native" where the chip's matrix
                     unit takes the declared formats themselves, "weight-only" where declared activation quantization
                     is left out
-    rounds          (request, platform) -> what is rounded beyond the declared arithmetic ("weights to bfloat16"), or
-                    None; a strict plan leaves such kernels out
+    rounds          (request, platform) -> what is rounded beyond the declared arithmetic ("weights to bfloat16"), each
+                    thing by name (`roundings` counts them), or None; a strict plan leaves such kernels out
     workspace       request -> bytes of scratch that one call needs
     cases           architecture -> what must compile there for the kernel to be claimed (Triton kernels)
     """

@@ -5,7 +5,7 @@ weight and the float32 value of the quantized activations. So, with |x||W| the p
 
     accumulation   2 (K + 2) 2^-24 |x||W|   float32 sums in any order; the factor 2 since matrix units may truncate, and
                                             one rounding each where a scale meets a weight or an activation
-    operands       r |x||W|                 only for kernels that say that they round operands to a dtype of unit r
+    operands       r |x||W|                 for each thing that a kernel says that it rounds to a dtype of unit r
     output         u |y|                    half a unit in the last place of the output's dtype
 
 The bound holds for each output. It grows with K although errors of random sign do not; so the error as a whole is held
@@ -25,12 +25,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from anybit.kernels.request import roundings
 from anybit.numerics.activations import RECIPES, quantize_dequantize
 from anybit.numerics.formats import number_format
 from anybit.schemes import Block, Placement, Scheme
 from anybit.weights import Dense, QuantizedWeight, Weight
 
-__all__ = ["ROUNDING", "Difference", "compare", "probes", "sample_weight", "seconds_of"]
+__all__ = ["ROUNDING", "Clock", "Difference", "Oracle", "compare", "probes", "sample_weight", "seconds_of"]
 
 # half a unit in the last place, relative
 ROUNDING: Final = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -38,6 +39,7 @@ ROUNDING: Final = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float
 _SMALLEST: Final = {torch.float32: 1e-37, torch.bfloat16: 1e-37, torch.float16: 2.0**-24}
 PROBE_TOKENS: Final = (1, 3, 17, 40, 65, 130, 300)  # each in another range of M that some kernel has tiles for
 SAMPLED_ROWS: Final = 1024  # rows of a large weight that are compared
+SAMPLED_TOKENS: Final = 512  # rows of x whose outputs are
 _LARGE: Final = 64 * 2**20  # weights above which only a sample of rows is compared
 # root mean square of a rounding error in units of its bound, over the numbers between two powers of two
 _RMS: Final = 0.42
@@ -181,65 +183,87 @@ def compare(weight: Weight, product: Callable[[Tensor], Tensor], x: Tensor, roun
 
     rounds  what the kernel rounds beyond the declared arithmetic, as its spec says (None: nothing)
     """
-    y = product(x)
-    rows = _some_rows(weight)
-    part = weight if rows is None else _take(weight, rows.to(x.device))
-    wanted, bound, expected = _wanted_and_bound(part, x, rounds)
-    found = y.double() if rows is None else y.double()[:, rows.to(y.device)]
-    error = (found - wanted).abs()
-    share = torch.where(error.isnan() & ~wanted.isnan(), torch.inf, error / bound)
-    if not share.numel():
-        return Difference(0.0, 0.0)
-    worst = int(share.argmax())
-    column = worst % share.shape[1]
-    norm = wanted.norm().clamp(min=1e-300)
-    margin = 1.2 + 4 / math.sqrt(share.numel())  # few outputs stray further from the mean
-    return Difference(float(share.max()), float(error.norm() / norm), margin * float(expected / norm),
-                      (worst // share.shape[1], column if rows is None else int(rows[column])))
+    return Oracle(weight, x).difference(product(x), rounds)
 
 
-def _some_rows(weight: Weight) -> Tensor | None:
-    """Rows to compare: None for all of them; for a large weight a sample that holds the first and the last."""
+class Oracle:
+    """The float64 product of one weight and one input, to which any number of kernels are held."""
+
+    def __init__(self, weight: Weight, x: Tensor) -> None:
+        """x [M, K]; of a large weight a sample of rows counts, of many tokens a sample of those."""
+        self._outputs = _sampled(weight)
+        self._tokens = _spread(x.shape[0], SAMPLED_TOKENS)
+        self._dtype, self._columns = x.dtype, weight.shape[-1]
+        part = weight if self._outputs is None else _take(weight, self._outputs.to(x.device))
+        rows = x.float()
+        pre_scale = getattr(part, "pre_scale", None)
+        if pre_scale is not None:
+            rows = rows * pre_scale.float()
+        if part.scheme.activation is not None:  # before tokens are picked: a scale may be taken over all of them
+            rows = quantize_dequantize(rows, part.scheme.activation, getattr(part, "activation", {}))
+        if self._tokens is not None:
+            rows = rows[self._tokens.to(x.device)]
+        w = part.dequantize().double()
+        self._y = rows.double() @ w.T
+        self._magnitude = rows.double().abs() @ w.abs().T
+        self._squares = (rows.double() ** 2 @ (w.T**2)).sqrt().norm()
+        if part.bias is not None:
+            self._y = self._y + part.bias.double()
+            self._magnitude = self._magnitude + part.bias.double().abs()
+        # a zero point or minimum may be applied to sums of x instead of to weights: the parts are larger than the whole
+        self._parts = self._magnitude + _parts(part, rows)
+
+    def difference(self, y: Tensor, rounds: str | None = None) -> Difference:
+        """How far a kernel's y [M, N] is from the product; `rounds` as its spec says."""
+        if self._tokens is not None:
+            y = y[self._tokens.to(y.device)]
+        found = y.double() if self._outputs is None else y.double()[:, self._outputs.to(y.device)]
+        bound, expected = self._bound(rounds)
+        error = (found - self._y).abs()
+        share = torch.where(error.isnan() & ~self._y.isnan(), torch.inf, error / bound)
+        if not share.numel():
+            return Difference(0.0, 0.0)
+        worst = int(share.argmax())
+        row, column = divmod(worst, share.shape[1])
+        norm = self._y.norm().clamp(min=1e-300)
+        margin = 1.2 + 4 / math.sqrt(share.numel())  # few outputs stray further from the mean
+        place = (row if self._tokens is None else int(self._tokens[row]),
+                 column if self._outputs is None else int(self._outputs[column]))
+        return Difference(float(share.max()), float(error.norm() / norm), margin * float(expected / norm), place)
+
+    def _bound(self, rounds: str | None) -> tuple[Tensor, Tensor]:
+        """The bound of each output, and the norm that the error has as a whole."""
+        y, unit = self._y, ROUNDING[self._dtype]
+        allowed = 2 * (self._columns + 2) * 2.0**-24 * self._parts
+        typical = (2 * math.sqrt(self._columns + 2) * 2.0**-24 * self._parts.norm()) ** 2
+        typical = typical + (_RMS * unit * y.norm()) ** 2 + y.numel() * _SMALLEST[self._dtype] ** 2
+        count = roundings(rounds)
+        if count:
+            allowed = allowed + count * unit * self._magnitude
+            typical = typical + 2 * count * (_RMS * unit * self._squares) ** 2
+        return allowed + (y.abs() + allowed) * unit + _SMALLEST[self._dtype], typical.sqrt()
+
+
+def _sampled(weight: Weight) -> Tensor | None:
+    """Outputs to compare: None for all of them; for a large weight a sample."""
     n, k = weight.shape[-2:]
-    if n * k <= _LARGE or n <= SAMPLED_ROWS:
+    if n * k <= _LARGE or any(level.placement in ("flat", "strided") for level in weight.scheme.scales):
         return None
-    scheme = weight.scheme
-    if any(level.placement in ("flat", "strided") for level in scheme.scales):
+    return _spread(n, SAMPLED_ROWS)
+
+
+def _spread(count: int, at_most: int) -> Tensor | None:
+    """Some of `count` places, ascending, the first and the last among them; None where all are few enough."""
+    if count <= at_most:
         return None
-    picked = torch.randperm(n, generator=torch.Generator().manual_seed(n * k))[: SAMPLED_ROWS - 2]
-    return torch.cat([torch.tensor([0, n - 1]), picked]).sort().values
+    picked = torch.randperm(count - 2, generator=torch.Generator().manual_seed(count))[: at_most - 2] + 1
+    return torch.cat([torch.tensor([0, count - 1]), picked]).sort().values
 
 
 def _take(weight: Weight, rows: Tensor) -> Weight:
     if isinstance(weight, Dense):
         return Dense(weight.scheme, weight.tensor[rows], None if weight.bias is None else weight.bias[rows])
     return weight.take_rows(rows)
-
-
-def _wanted_and_bound(weight: Weight, x: Tensor, rounds: str | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The product, the bound of each output, and the norm that the error has as a whole."""
-    rows = x.float()
-    pre_scale = getattr(weight, "pre_scale", None)
-    if pre_scale is not None:
-        rows = rows * pre_scale.float()
-    if weight.scheme.activation is not None:
-        rows = quantize_dequantize(rows, weight.scheme.activation, getattr(weight, "activation", {}))
-    w = weight.dequantize().double()
-    y = rows.double() @ w.T
-    magnitude = rows.double().abs() @ w.abs().T
-    if weight.bias is not None:
-        y = y + weight.bias.double()
-        magnitude = magnitude + weight.bias.double().abs()
-    # a zero point or minimum may be applied to sums of x instead of to weights: the parts are larger than the whole
-    parts = magnitude + _parts(weight, rows)
-    allowed = 2 * (w.shape[1] + 2) * 2.0**-24 * parts
-    unit = ROUNDING[x.dtype]
-    typical = (2 * math.sqrt(w.shape[1] + 2) * 2.0**-24 * parts.norm()) ** 2
-    typical = typical + (_RMS * unit * y.norm()) ** 2 + y.numel() * _SMALLEST[x.dtype] ** 2
-    if rounds is not None:
-        allowed = allowed + unit * magnitude
-        typical = typical + 2 * (_RMS * unit * (rows.double() ** 2 @ (w.T**2)).sqrt().norm()) ** 2
-    return y, allowed + (y.abs() + allowed) * unit + _SMALLEST[x.dtype], typical.sqrt()
 
 
 def _parts(weight: Weight, rows: Tensor) -> Tensor:
@@ -254,11 +278,8 @@ def _parts(weight: Weight, rows: Tensor) -> Tensor:
 
 
 def seconds_of(calls: Sequence[Callable[[], object]], device: torch.device | str, budget: float = 0.025) -> float:
-    """Median seconds of one call; `calls` work on copies of a weight, in turn, so that none lies in a cache.
-
-    On a GPU the calls are captured into a graph, replayed, and timed with events; on a CPU they run eagerly.
-    """
-    return _graph_seconds(calls, budget) if torch.device(device).type == "cuda" else _eager_seconds(calls, budget)
+    """Median seconds of one call; `calls` work on copies of a weight, in turn, so that none lies in a cache."""
+    return Clock(calls, device).seconds(budget)
 
 
 def copies_for(nbytes: int) -> int:
@@ -266,47 +287,67 @@ def copies_for(nbytes: int) -> int:
     return max(2, math.ceil(_COLD_BYTES / max(nbytes, 1)))
 
 
-def _eager_seconds(calls: Sequence[Callable[[], object]], budget: float) -> float:
-    for call in calls[:2]:
-        call()
-    times: list[float] = []
-    started = time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - started < budget:
-        call = calls[len(times) % len(calls)]
-        begun = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+class Clock:
+    """Calls that can be timed again and again, so that two kernels are timed in turn.
 
+    On a GPU the calls are captured into a graph, once; it is replayed and timed with events. On a CPU they run eagerly.
+    """
 
-def _graph_seconds(calls: Sequence[Callable[[], object]], budget: float) -> float:
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    def __init__(self, calls: Sequence[Callable[[], object]], device: torch.device | str) -> None:
+        """`calls` work on copies of a weight, in turn, so that none lies in a cache."""
+        self._calls = calls
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._length = 1  # calls in the graph
         for call in calls[:2]:
             call()
-    torch.cuda.current_stream().wait_stream(side)
+        if torch.device(device).type == "cuda":
+            self._capture()
+
+    def seconds(self, budget: float = 0.025) -> float:
+        """Median seconds of one call; `budget` is about how long to measure."""
+        if self._graph is None:
+            return self._eager_seconds(budget)
+        first = _event_seconds(self._graph.replay)
+        replays = int(min(30, max(3, budget / max(first, 1e-6))))
+        return statistics.median(_event_seconds(self._graph.replay) for _ in range(replays)) / self._length
+
+    def _eager_seconds(self, budget: float) -> float:
+        times: list[float] = []
+        started = time.perf_counter()
+        while len(times) < 5 or time.perf_counter() - started < budget:
+            call = self._calls[len(times) % len(self._calls)]
+            begun = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - begun)
+        return statistics.median(times)
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for call in self._calls[:2]:
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        once = _event_seconds(self._calls[0])
+        rounds = math.ceil(_GRAPH_SECONDS / max(once, 5e-6) / len(self._calls))
+        self._length = rounds * len(self._calls)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(rounds):
+                for call in self._calls:
+                    call()
+        _event_seconds(graph.replay)
+        self._graph = graph
+
+
+_GRAPH_SECONDS: Final = 600e-6  # long against the clock's step
+
+
+def _event_seconds(work: Callable[[], object]) -> float:
     begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-    def timed(work: Callable[[], object]) -> float:
-        begin.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
-
-    timed(calls[0])
-    once = timed(calls[0])
-    wanted = math.ceil(600e-6 / max(once, 5e-6))
-    sequence = [calls[i % len(calls)] for i in range(math.ceil(wanted / len(calls)) * len(calls))]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in sequence:
-            call()
-    timed(graph.replay)
-    first = timed(graph.replay)
-    replays = int(min(30, max(5, budget / max(first, 1e-6))))
-    found = statistics.median(timed(graph.replay) for _ in range(replays)) / len(sequence)
-    del graph
-    return found
+    begin.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3

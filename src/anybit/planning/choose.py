@@ -1,8 +1,9 @@
 """The one chooser: for every distinct layer, the layout and the kernels of least time.
 
-A layer has one stored layout; the kernels of its three regimes read it. So the choice is among layouts: the sum of
-their best kernels' times over the regimes, weighted by how a chat uses them. A time is measured where a measurement of
-this very product is at hand, and modelled otherwise.
+A layer has one stored layout; its kernels for all numbers of tokens read it. So the choice is among layouts: the sum of
+their best kernels' times over the regimes, weighted by how a chat uses them. Within the layout each bucket of M takes
+its own kernel. A time is measured where a measurement of this very product is at hand, interpolated where the kernel
+was measured on other shapes of the scheme (`interpolate.py`), and modelled otherwise.
 """
 
 from __future__ import annotations
@@ -10,20 +11,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import cached_property
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from anybit.errors import Unsupported
 from anybit.kernels.catalogue import KERNELS
-from anybit.kernels.request import REGIMES, KernelSpec, Reason, Regime, Request
+from anybit.kernels.request import ANY, BUCKETS, REGIMES, Kernels, KernelSpec, Reason, Regime, Request, regime_of
+from anybit.planning.interpolate import Points, interpolated
 from anybit.planning.invariance import reason_against_invariance
 from anybit.platforms import Platform
 
 # calls of each regime for one answer of 200 tokens to a prompt of 512: what the sum of prices stands for
 WEIGHTS: Final[Mapping[Regime, float]] = {"decode": 200.0, "small": 1.0, "prefill": 1.0}
 
-MeasuredKey = tuple[str, str, int, int, Regime]
-"""(kernel, printed scheme, N, K, regime)."""
+MeasuredKey = tuple[str, str, int, int, int]
+"""(kernel, printed scheme, N, K, M)."""
 # reasons that say a kernel is made for other layers, not that something is wanting
 NOT_MEANT: Final = frozenset({"quantized", "unquantized", "kind"})
 
@@ -42,7 +45,7 @@ class Policy:
 
     strict            only kernels that carry out the declared arithmetic without further rounding
     batch_invariant   one kernel for all M, whose rows do not depend on their batch
-    measured          seconds of one call on this machine
+    measured          seconds of one call on this machine, or on one like it
     disproved         (kernel, printed scheme) -> what was wrong when it ran here: such kernels are left out
     """
 
@@ -51,18 +54,29 @@ class Policy:
     measured: Mapping[MeasuredKey, float] = field(default_factory=_nothing_measured)
     disproved: Mapping[tuple[str, str], str] = field(default_factory=_none_wrong)
 
+    @cached_property
+    def points(self) -> Mapping[tuple[str, str], Points]:
+        """`measured` by (kernel, printed scheme)."""
+        found: dict[tuple[str, str], Points] = {}
+        for (kernel, scheme, n, k, tokens), seconds in self.measured.items():
+            found.setdefault((kernel, scheme), {}).setdefault((n, k), {})[tokens] = seconds
+        return found
+
+
+Source = Literal["measured", "interpolated", "modelled"]
+
 
 @dataclass(frozen=True)
 class Price:
-    """Seconds of one call, and whether they were measured here or modelled from bytes and operations."""
+    """Seconds of one call: measured, interpolated from measurements, or modelled from bytes and operations."""
 
     seconds: float
-    is_measured: bool = False
+    source: Source = "modelled"
 
     @property
-    def source(self) -> str:
-        """The word for a reader."""
-        return "measured" if self.is_measured else "modelled"
+    def is_measured(self) -> bool:
+        """True if this very product was timed."""
+        return self.source == "measured"
 
 
 class Chosen(NamedTuple):
@@ -98,9 +112,10 @@ class Better:
 class Choice:
     """Layout and kernels of one request, with every refusal.
 
-    kernels   regime -> kernel and price
+    kernels   regime -> kernel and price at the M that stands for it
     slower    layouts that could run it but are dearer: name -> seconds over the weighted regimes
     better    kernels that would be faster but for reasons that could be removed
+    buckets   (largest M, kernel and price), ascending: what runs
     """
 
     layout: str
@@ -108,6 +123,7 @@ class Choice:
     refused: tuple[Refusal, ...] = ()
     slower: Mapping[str, float] = field(default_factory=dict)
     better: tuple[Better, ...] = ()
+    buckets: tuple[tuple[int, Chosen], ...] = ()
 
     @property
     def spec(self) -> KernelSpec:
@@ -115,12 +131,19 @@ class Choice:
         return self.kernels["decode"].spec
 
     @property
-    def names(self) -> dict[Regime, str]:
-        """regime -> name of the kernel: what an implementation is prepared for."""
-        return {regime: chosen.spec.name for regime, chosen in self.kernels.items()}
+    def names(self) -> Kernels:
+        """Names of the kernels by M: what an implementation is prepared for."""
+        return Kernels((most, chosen.spec.name) for most, chosen in self.buckets)
+
+    def at(self, tokens: int) -> Chosen:
+        """Kernel and price of a call with M tokens; the price is that of its bucket."""
+        return next(chosen for most, chosen in self.buckets if tokens <= most)
 
 
-Layouts = dict[str, dict[Regime, Chosen]]
+Able = dict[int, list[Chosen]]
+"""M at which a bucket is priced -> the kernels that can run it."""
+Layouts = dict[str, dict[int, Chosen]]
+"""Layout -> M at which a bucket is priced -> its kernel there."""
 
 
 def regimes_of(request: Request) -> tuple[Regime, ...]:
@@ -128,33 +151,39 @@ def regimes_of(request: Request) -> tuple[Regime, ...]:
     return ("decode",) if request.kind == "embedding" else tuple(REGIMES)
 
 
+def buckets_of(request: Request) -> tuple[tuple[int, int], ...]:
+    """(largest M, M at which it is priced) for the kind of layer: a lookup has one."""
+    return ((ANY, REGIMES["decode"][1]),) if request.kind == "embedding" else BUCKETS
+
+
 def choose(
     request: Request,
     platform: Platform,
     override: str | None = None,
     policy: Policy | None = None,
-    pinned: Mapping[Regime, str] | None = None,
+    pinned: Kernels | None = None,
 ) -> Choice | tuple[Refusal, ...]:
     """The choice for a layer, or all refusals where no layout covers its regimes.
 
-    override  a kernel that must be used in every regime that it can run; the others take the cheapest of its layout.
+    override  a kernel that must be used for every M that it can run; the others take the cheapest of its layout.
               Raises Unsupported with the kernel's own reasons where it can run none.
     pinned    exactly these kernels, of a plan that was made before; refusals where one cannot run
     """
     policy = policy or Policy()
     refused: list[Refusal] = []
-    able: dict[Regime, list[Chosen]] = {}
-    for regime in regimes_of(request):
-        asked = replace(request, regime=regime)
-        able[regime] = []
+    able: Able = {}
+    for _, priced in buckets_of(request):
+        asked = request.of(priced)
+        able[priced] = []
         for spec in KERNELS:
             reasons = tuple(reasons_against(spec, asked, platform, policy))
-            if reasons:
-                refused.append(Refusal(spec.name, regime, reasons))
-            else:
-                able[regime].append(Chosen(spec, price_of(spec, asked, platform, policy)))
+            if not reasons:
+                able[priced].append(Chosen(spec, price_of(spec, asked, platform, policy)))
+            elif priced == REGIMES[asked.regime][1]:  # one refusal stands for the regime
+                refused.append(Refusal(spec.name, asked.regime, reasons))
     if pinned is not None:
-        able = {regime: [c for c in found if c.spec.name == pinned.get(regime)] for regime, found in able.items()}
+        able = {priced: [c for c in found if pinned.steps and c.spec.name == pinned.at(priced)]
+                for priced, found in able.items()}
     if override is not None:
         able = _with_override(able, override, refused)
     complete = _one_kernel_each(able) if policy.batch_invariant else _cheapest(able)
@@ -164,8 +193,10 @@ def choose(
     total = {layout: _total(found) for layout, found in complete.items()}
     layout = min(total, key=lambda name: total[name])
     slower = {name: seconds for name, seconds in total.items() if name != layout}
-    better = tuple(_better(request, platform, policy, complete[layout], in_order))
-    return Choice(layout, complete[layout], in_order, slower, better)
+    by_regime = _by_regime(complete[layout])
+    better = tuple(_better(request, platform, policy, by_regime, in_order))
+    buckets = tuple((most, complete[layout][priced]) for most, priced in buckets_of(request))
+    return Choice(layout, by_regime, in_order, slower, better, buckets)
 
 
 def reasons_against(spec: KernelSpec, asked: Request, platform: Platform, policy: Policy) -> Iterator[Reason]:
@@ -198,10 +229,20 @@ def _strict_reasons(spec: KernelSpec, asked: Request, platform: Platform) -> Ite
 
 
 def price_of(spec: KernelSpec, asked: Request, platform: Platform, policy: Policy) -> Price:
-    """Measured if a measurement of this product by this kernel is at hand, else the kernel's model."""
+    """Measured if a measurement of this product by this kernel is at hand, else interpolated, else modelled."""
     rows, columns = asked.shape[-2:]
-    found = policy.measured.get((spec.name, str(asked.scheme), rows, columns, asked.regime))
-    return Price(spec.seconds(asked, platform)) if found is None else Price(found, is_measured=True)
+    points = policy.points.get((spec.name, str(asked.scheme))) if policy.measured else None
+    if points is None:
+        return Price(spec.seconds(asked, platform))
+    found = points.get((rows, columns), {}).get(asked.tokens)
+    if found is not None:
+        return Price(found, "measured")
+
+    def modelled(shape: tuple[int, int], tokens: int) -> float:
+        return spec.seconds(replace(asked, kind="linear", shape=shape, regime=regime_of(tokens), at=tokens), platform)
+
+    guessed = interpolated(points, modelled, (rows, columns), asked.tokens)
+    return Price(guessed, "interpolated")
 
 
 def demand_known(kernel: str) -> None:
@@ -213,44 +254,47 @@ def demand_known(kernel: str) -> None:
                           remedy=f"perhaps {' or '.join(near)}" if near else "`anybit explain MODEL` shows why not")
 
 
-def _cheapest(able: Mapping[Regime, list[Chosen]]) -> Layouts:
-    """Layout -> its cheapest kernel in every regime, for the layouts that cover all."""
+def _cheapest(able: Able) -> Layouts:
+    """Layout -> its cheapest kernel in every bucket, for the layouts that cover all."""
     made: Layouts = {}
-    for regime, found in able.items():
+    for priced, found in able.items():
         for chosen in found:
-            best = made.setdefault(chosen.spec.layout, {}).get(regime)
+            best = made.setdefault(chosen.spec.layout, {}).get(priced)
             if best is None or chosen.price.seconds < best.price.seconds:
-                made[chosen.spec.layout][regime] = chosen
+                made[chosen.spec.layout][priced] = chosen
     return {layout: found for layout, found in made.items() if set(found) == set(able)}
 
 
-def _one_kernel_each(able: Mapping[Regime, list[Chosen]]) -> Layouts:
-    """Layout -> the one kernel of least time that runs every regime."""
+def _one_kernel_each(able: Able) -> Layouts:
+    """Layout -> the one kernel of least time that runs every bucket."""
     made: Layouts = {}
     for name in dict.fromkeys(chosen.spec.name for found in able.values() for chosen in found):
-        same = {regime: c for regime, found in able.items() for c in found if c.spec.name == name}
+        same = {priced: c for priced, found in able.items() for c in found if c.spec.name == name}
         if set(same) != set(able):
             continue
-        layout = same["decode"].spec.layout
+        layout = next(iter(same.values())).spec.layout
         if layout not in made or _total(same) < _total(made[layout]):
             made[layout] = same
     return made
 
 
-def _total(found: Mapping[Regime, Chosen]) -> float:
-    return sum(WEIGHTS[regime] * chosen.price.seconds for regime, chosen in found.items())
+def _by_regime(found: Mapping[int, Chosen]) -> dict[Regime, Chosen]:
+    """The kernels at the M that stand for the regimes."""
+    return {regime: found[priced] for regime, (_, priced) in REGIMES.items() if priced in found}
 
 
-def _with_override(
-    able: dict[Regime, list[Chosen]], override: str, refused: list[Refusal]
-) -> dict[Regime, list[Chosen]]:
+def _total(found: Mapping[int, Chosen]) -> float:
+    return sum(WEIGHTS[regime] * chosen.price.seconds for regime, chosen in _by_regime(found).items())
+
+
+def _with_override(able: Able, override: str, refused: list[Refusal]) -> Able:
     """`able` narrowed to the kernel where it can run, and to its layout elsewhere."""
     demand_known(override)
     spec = next(k for k in KERNELS if k.name == override)
     narrowed = {}
-    for regime, found in able.items():
+    for priced, found in able.items():
         same_layout = [chosen for chosen in found if chosen.spec.layout == spec.layout]
-        narrowed[regime] = [chosen for chosen in same_layout if chosen.spec is spec] or same_layout
+        narrowed[priced] = [chosen for chosen in same_layout if chosen.spec is spec] or same_layout
     runs = any(chosen.spec is spec for found in narrowed.values() for chosen in found)
     if not runs or not all(narrowed.values()):
         reasons = [f"{r.regime}: {reason.text}" for r in refused if r.kernel == override for reason in r.reasons]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from anybit.kernels.request import Kernels
 from anybit.planning.choose import WEIGHTS
 
 _LAYER_FACTS: Final = ("declared", "scheme", "layout", "execution", "bytes_each")
@@ -92,3 +93,8 @@ def _of_layer(was: _Found, now: _Found) -> Iterator[tuple[str, Any, Any]]:
         before, after = (found["kernels"].get(regime, {}).get("name") for found in (was, now))
         if before != after:
             yield f"kernel in {regime}", before, after
+    steps, steps_now = (Kernels((row["up_to_tokens"], row["name"]) for row in found["by_tokens"])
+                        for found in (was, now))
+    if steps.steps != steps_now.steps and dict(steps) == dict(steps_now):
+        before, after = (", ".join(f"{name} to {most}" for most, name in found.steps) for found in (steps, steps_now))
+        yield "kernels by M", before, after

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from anybit.kernels.request import REGIMES, Regime, regime_of
+from anybit.kernels.request import REGIMES
 from anybit.planning.config_facts import number, text_facts
 from anybit.planning.cuts import TensorParallel, kv_heads, tensor_parallel
 from anybit.planning.memory import Memory
@@ -173,9 +173,9 @@ def speeds(
     """(decode, prefill) in tokens a second by the prices of the plan and what an offload sends over the link."""
     bandwidth = max(plan.platform.bandwidth, 1e9)
     tokens = REGIMES["prefill"][1]
-    step = _pass_seconds(plan, config, regime_of(batch), batch) + plan.memory.cache(context, batch) / bandwidth
+    step = _pass_seconds(plan, config, batch) + plan.memory.cache(context, batch) / bandwidth
     step += BETWEEN_SECONDS[plan.platform.vendor] * _blocks(config)
-    prompt = _pass_seconds(plan, config, "prefill", tokens)
+    prompt = _pass_seconds(plan, config, tokens)
     if offload is not None:
         step += _sent_bytes(offload, config, batch) / LINK_BYTES_PER_SECOND
         prompt += offload.host_bytes / LINK_BYTES_PER_SECOND
@@ -195,11 +195,11 @@ def _blocks(config: Mapping[str, Any]) -> int:
     return number(text_facts(config), "num_hidden_layers", "n_layer")
 
 
-def _pass_seconds(plan: Plan, config: Mapping[str, Any], regime: Regime, tokens: int) -> float:
+def _pass_seconds(plan: Plan, config: Mapping[str, Any], tokens: int) -> float:
     """One pass of `tokens` through every layer; of experts those that run."""
     tied = is_tied(name for unit in plan.units for name in unit.layers)
     return sum(multiplications(unit.kind, unit.layers, unit.shape, config, tokens, tied=tied)
-               * (unit.choice.kernels.get(regime) or unit.choice.kernels["decode"]).price.seconds
+               * unit.choice.at(tokens).price.seconds
                for unit in plan.units)
 
 

@@ -21,16 +21,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from anybit.kernels.request import REGIMES, Regime
 from anybit.planning.choose import MeasuredKey
 from anybit.platforms import Platform
 
-VERSION: Final = 1
+VERSION: Final = 2
 _LIBRARIES: Final = ("anybit", "torch", "triton", "humming-kernels", "aiter")
 
 
-Cell = tuple[str, str, int, int, str, Regime]
-"""What a time belongs to: kernel, printed scheme, N, K, dtype of the activations, regime."""
+Cell = tuple[str, str, int, int, str, int]
+"""What a time belongs to: kernel, printed scheme, N, K, dtype of the activations, M."""
 
 
 @dataclass
@@ -50,8 +49,8 @@ class Measured:
 
     def prices(self, dtype: str) -> dict[MeasuredKey, float]:
         """The times for activations of one dtype, as the chooser wants them."""
-        return {(kernel, scheme, n, k, regime): seconds
-                for (kernel, scheme, n, k, kind, regime), seconds in self.seconds.items() if kind == dtype}
+        return {(kernel, scheme, n, k, tokens): seconds
+                for (kernel, scheme, n, k, kind, tokens), seconds in self.seconds.items() if kind == dtype}
 
 
 def key_of(platform: Platform) -> dict[str, str]:
@@ -110,18 +109,19 @@ def _cells(rows: Iterable[Mapping[str, Any]]) -> dict[Cell, float]:
     found: dict[Cell, float] = {}
     for row in rows:
         n, k = row["shape"]
-        for regime, seconds in row["seconds"].items():
-            if regime not in REGIMES or not 0.0 < float(seconds) < 1e6:
-                raise ValueError(f"no time of a regime: {regime}: {seconds}")
-            found[str(row["kernel"]), str(row["scheme"]), int(n), int(k), str(row["dtype"]), regime] = float(seconds)
+        for tokens, seconds in row["seconds"].items():
+            if int(n) < 1 or int(k) < 1 or int(tokens) < 1 or not 0.0 < float(seconds) < 1e6:
+                raise ValueError(f"no time of a product: {n} x {k}, {tokens} tokens: {seconds}")
+            cell = (str(row["kernel"]), str(row["scheme"]), int(n), int(k), str(row["dtype"]), int(tokens))
+            found[cell] = float(seconds)
     return found
 
 
 def cells_to_rows(seconds: Mapping[Cell, float]) -> list[dict[str, Any]]:
-    """Times as data, the regimes of a kernel and layer together."""
+    """Times as data, those of a kernel and layer together by number of tokens."""
     rows: dict[tuple[str, str, int, int, str], dict[str, float]] = {}
-    for (kernel, scheme, n, k, dtype, regime), time in sorted(seconds.items()):
-        rows.setdefault((kernel, scheme, n, k, dtype), {})[regime] = time
+    for (kernel, scheme, n, k, dtype, tokens), time in sorted(seconds.items()):
+        rows.setdefault((kernel, scheme, n, k, dtype), {})[str(tokens)] = time
     return [{"kernel": kernel, "scheme": scheme, "shape": [n, k], "dtype": dtype, "seconds": times}
             for (kernel, scheme, n, k, dtype), times in rows.items()]
 

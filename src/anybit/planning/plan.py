@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Final, Protocol
 
 from anybit.errors import Damaged, Unsupported
-from anybit.kernels.request import REGIMES, Execution, Regime, Request
+from anybit.kernels.request import BUCKETS, REGIMES, Execution, Kernels, Regime, Request, priced_at
 from anybit.planning.choose import Choice, Policy, Refusal, changes_of, choose
 from anybit.planning.memory import DTYPE_BYTES, Memory, predict
 from anybit.planning.overrides import Overrides
@@ -33,10 +33,10 @@ from anybit.planning.units import Part, Unit, units_from_dict, units_of, units_t
 from anybit.platforms import Platform
 from anybit.schemes import Layer, LayerKind, Scheme
 
-VERSION: Final = 2
+VERSION: Final = 3
 Quantize = Callable[[Layer], Scheme | None]
-PinnedKernels = Mapping[str, Mapping[Regime, str]]
-"""layer -> regime -> kernel, of a plan that is replayed."""
+PinnedKernels = Mapping[str, Kernels]
+"""layer -> kernels, of a plan that is replayed."""
 
 
 class Planned(Protocol):
@@ -134,10 +134,11 @@ class PlanUnit:
         """Where this unit runs other arithmetic than declared."""
         if self.scheme != self.declared:
             yield Change(self.layers, f"quantized while loading: {self.declared} declared, {self.scheme} executed")
-        found: dict[str, list[Regime]] = {}
-        for regime, chosen in self.choice.kernels.items():
-            for change in changes_of(chosen.spec, self.request(regime), self.platform):
-                found.setdefault(f"{chosen.spec.name}: {change}", []).append(regime)
+        found: dict[str, dict[Regime, None]] = {}
+        for most, chosen in self.choice.buckets:
+            asked = self.request().of(priced_at(most) if len(self.choice.buckets) > 1 else 1)
+            for change in changes_of(chosen.spec, asked, self.platform):
+                found.setdefault(f"{chosen.spec.name}: {change}", {})[asked.regime] = None
         for change, regimes in found.items():
             yield Change(self.layers, f"{change} (in {', '.join(regimes)})")
 
@@ -172,6 +173,10 @@ class PlanUnit:
                 }
                 for regime, (spec, price) in self.choice.kernels.items()
             },
+            "by_tokens": [
+                {"up_to_tokens": most, "name": spec.name, "seconds": price.seconds, "price": price.source}
+                for most, (spec, price) in self.choice.buckets
+            ],
             "kernel": {"name": self.kernel("decode"), "about": self.choice.spec.about},
             "preconditions": [{"condition": assumes, "otherwise": "torch-tiled"}] if assumes else [],
             "refused": reasons_to_dict(self.choice.refused),
@@ -293,6 +298,7 @@ class Plan:
             "policy": {"strict": self.policy.strict, "batch_invariant": self.policy.batch_invariant},
             "kernels": list(self.kernels),
             "regimes": {name: {"up_to_tokens": most, "priced_at_tokens": m} for name, (most, m) in REGIMES.items()},
+            "buckets": [{"up_to_tokens": most, "priced_at_tokens": m} for most, m in BUCKETS],
             "units": [unit.to_dict() for unit in self.units],
             "joined": units_to_dict(self.joined),
             "refused": {name: reasons_to_dict(found) for name, found in self.refused.items()},
@@ -370,7 +376,7 @@ def plan_layers(
                for layer in checkpoint.layers.values()}
     groups: dict[tuple[object, ...], list[Layer]] = {}
     for layer in checkpoint.layers.values():
-        kernels = tuple(fixed.get(layer.name, {}).items())
+        kernels = fixed[layer.name].steps if layer.name in fixed else ()
         key = (layer.kind, layer.scheme, schemes[layer.name], layer.shape, wanted.get(layer.name), kernels)
         groups.setdefault(key, []).append(layer)
     tied = is_tied(checkpoint.layers)
@@ -381,7 +387,8 @@ def plan_layers(
         request = Request(first.kind, schemes[first.name], first.shape, dtype)
         rule = wanted.get(first.name)
         override = None if rule is None else rule.kernel_for(request, platform)
-        choice = choose(request, platform, override, policy, None if pinned is None else fixed.get(first.name, {}))
+        written = None if pinned is None else fixed.get(first.name, Kernels(()))
+        choice = choose(request, platform, override, policy, written)
         if not isinstance(choice, Choice):
             refused |= {layer.name: choice for layer in layers}
             continue

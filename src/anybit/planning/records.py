@@ -118,10 +118,12 @@ def better_to_dict(better: Iterable[Better]) -> list[dict[str, Any]]:
 def choice_from_dict(unit: Mapping[str, Any]) -> Choice:
     """The choice of a unit's document; KeyError for a kernel that does not exist."""
     kernels: dict[Regime, Chosen] = {
-        regime: Chosen(kernel(row["name"]), Price(row["seconds"], row["price"] == "measured"))
+        regime: Chosen(kernel(row["name"]), Price(row["seconds"], row["price"]))
         for regime, row in unit["kernels"].items()
     }
     slower = {row["layout"]: row["seconds"] for row in unit["slower"]}
     better = tuple(Better(row["kernel"], tuple(row["regimes"]), row["times_faster"], _reasons(row["needs"]))
                    for row in unit["better"])
-    return Choice(unit["layout"], kernels, refusals_from_dict(unit["refused"]), slower, better)
+    buckets = tuple((row["up_to_tokens"], Chosen(kernel(row["name"]), Price(row["seconds"], row["price"])))
+                    for row in unit["by_tokens"])
+    return Choice(unit["layout"], kernels, refusals_from_dict(unit["refused"]), slower, better, buckets)

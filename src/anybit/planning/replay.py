@@ -12,8 +12,8 @@ from anybit.planning.plan import VERSION, PinnedKernels, Plan, digest_of
 # what the command line adds around a plan in its --json document
 _AROUND: Final = frozenset({"kind", "model"})
 _KEYS: Final = frozenset({
-    "version", "dialect", "platform", "dtype", "quantization", "policy", "kernels", "regimes", "units", "joined",
-    "refused", "changes", "memory", "kv_cache", "notes", "digest",
+    "version", "dialect", "platform", "dtype", "quantization", "policy", "kernels", "regimes", "buckets", "units",
+    "joined", "refused", "changes", "memory", "kv_cache", "notes", "digest",
 })
 _SHOWN: Final = 20  # differences in one message
 
@@ -42,7 +42,8 @@ def demand_sound(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _demand_kernels(document: Mapping[str, Any]) -> None:
     known = {k.name for k in KERNELS}
-    named = dict.fromkeys(row["name"] for unit in document["units"] for row in unit["kernels"].values())
+    named = dict.fromkeys(row["name"] for unit in document["units"]
+                          for row in (*unit["kernels"].values(), *unit["by_tokens"]))
     unknown = [name for name in named if name not in known]
     if unknown:
         raise Unsupported("the plan names kernels that this anybit does not have", found=", ".join(unknown),
@@ -50,7 +51,7 @@ def _demand_kernels(document: Mapping[str, Any]) -> None:
 
 
 def pinned_kernels(plan: Plan) -> PinnedKernels:
-    """layer -> regime -> kernel."""
+    """layer -> kernels by M."""
     return {name: unit.choice.names for unit in plan.units for name in unit.layers}
 
 

@@ -1,6 +1,6 @@
 """Platforms as values: what a chip is, as data, so that every decision can be made and tested without it.
 
-`named("mi300x")` gives a described device, `detect()` the one at hand (no torch, at most two seconds). Capability is
+`named("mi300x")` gives a described device, `detect()` the one at hand (no torch). Capability is
 (vendor, arch, features), never one number compared across vendors.
 """
 

@@ -1,10 +1,12 @@
 """The machine at hand as a Platform, without torch: files of the system and vendors' own small tools.
 
-Nothing here takes more than two seconds: a tool that hangs is given up and the machine counts as having no such GPU.
+Where there is no GPU nothing here takes more than two seconds. Where its driver is loaded, a slow tool is waited for:
+on a busy server nvidia-smi takes seconds, and a GPU that is not seen would be replaced by the CPU silently.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import platform as host
@@ -21,6 +23,8 @@ from anybit.platforms.table import OF_ARCH, PLATFORMS
 from anybit.platforms.table import features as features_of
 
 _TIMEOUT: Final = 2.0
+_PATIENCE: Final = 30.0  # where the device files of the driver are there
+_NVIDIA_FILES: Final = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))
 _KFD: Final = Path("/sys/class/kfd/kfd/topology/nodes")
 # what a kernel may ask for, as Linux spells it in /proc/cpuinfo
 _CPU_FLAGS: Final = frozenset(
@@ -28,6 +32,8 @@ _CPU_FLAGS: Final = frozenset(
      "amx_int8", "amx_bf16", "avx_vnni", "asimd", "sve", "bf16", "i8mm"}
 )
 _PYTHON_PROVIDERS: Final = ("torch", "triton", "aiter", "humming")
+# import name -> (distribution, start of the versions that its adapter is written for)
+_VERSIONS: Final = {"humming": ("humming-kernels", "0.1.")}
 
 
 def detect(device: str = "auto") -> Platform:
@@ -55,8 +61,19 @@ def _index(device: str) -> int:
     return int(number) if number.isdigit() else 0
 
 
+def _is_known(name: str) -> bool:
+    """False for a package of another version than the one whose interface and arithmetic we know."""
+    if name not in _VERSIONS:
+        return True
+    distribution, known = _VERSIONS[name]
+    try:
+        return importlib.metadata.version(distribution).startswith(known)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def _providers() -> frozenset[str]:
-    found = {name for name in _PYTHON_PROVIDERS if importlib.util.find_spec(name) is not None}
+    found = {name for name in _PYTHON_PROVIDERS if importlib.util.find_spec(name) is not None and _is_known(name)}
     folder = Path(__file__).resolve().parent.parent / "kernels" / "native"
     spec = importlib.util.find_spec("anybit.kernels")
     folders = [folder, *(Path(p) / "native" for p in (spec.submodule_search_locations if spec else None) or [])]
@@ -122,8 +139,9 @@ def _nvidia(index: int) -> Platform | None:
     if tool is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return None
     query = [tool, "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    timeout = _PATIENCE if any(path.exists() for path in _NVIDIA_FILES) else _TIMEOUT
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=_TIMEOUT, check=True)  # noqa: S603
+        done = subprocess.run(query, capture_output=True, text=True, timeout=timeout, check=True)  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return None
     rows = [line.split(", ") for line in done.stdout.strip().splitlines()]

@@ -12,6 +12,7 @@ from torch import Tensor
 from anybit.errors import DeviceProblem
 from anybit.kernels.linear.dense_torch import StoredDense
 from anybit.kernels.request import Regime
+from anybit.kernels.triton.devices import on_device
 from anybit.weights import Dense, Weight
 
 _Product = Callable[..., Tensor]
@@ -39,7 +40,8 @@ class StoredAiter(StoredDense):
         """x [M, K] times W^T (+ bias); torch takes what AITER is not made for: no rows, another dtype."""
         if x.shape[0] == 0 or x.dtype != self._tensor.dtype or out_dtype != x.dtype:
             return super().linear(x, regime, bias, out_dtype)
-        return self._product(x, self._tensor, bias=None if bias is None else bias.to(x.dtype), otype=out_dtype)
+        with on_device(x.device):
+            return self._product(x, self._tensor, bias=None if bias is None else bias.to(x.dtype), otype=out_dtype)
 
 
 class AiterProduct:

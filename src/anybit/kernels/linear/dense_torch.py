@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from anybit.kernels.request import Regime
+from anybit.kernels.catalogue import implementation, kernel
+from anybit.kernels.linear.dense import SPEC
+from anybit.kernels.request import Kernels, Regime
 from anybit.weights import Dense, Weight
 
 
@@ -63,6 +66,9 @@ class DenseProduct:
     def prepare(
         self, weight: Weight, dtype: torch.dtype, kernels: Mapping[Regime, str], *, pinned: bool = False
     ) -> StoredDense:
-        """The tensor in `dtype`."""
+        """The tensor in `dtype`; where another kernel of the layout runs some M, its own code stores it."""
+        others = sorted(Kernels.of(kernels).used - {SPEC.name})
+        if others and not pinned:
+            return cast("StoredDense", implementation(kernel(others[0])).prepare(weight, dtype, kernels))
         tensor = weight.tensor if isinstance(weight, Dense) else weight.dequantize()
         return StoredDense(tensor.to(dtype), pinned=pinned)

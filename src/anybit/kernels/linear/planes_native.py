@@ -15,7 +15,7 @@ from anybit.kernels.linear.planes import in_order
 from anybit.kernels.linear.tiled_torch import Tiled, as_bits
 from anybit.kernels.native.planes import Planes as NativePlanes
 from anybit.kernels.native.planes import from_weight
-from anybit.kernels.request import Regime
+from anybit.kernels.request import Kernels, Regime
 from anybit.weights import Dense, QuantizedWeight, Weight
 
 MATVEC, GEMM, EXPAND = specs.MATVEC.name, specs.GEMM.name, specs.EXPAND.name
@@ -31,7 +31,7 @@ class StoredPlanes:
         self, planes: NativePlanes, kernels: Mapping[Regime, str], permutation: Tensor | None = None,
         *, pinned: bool = False,
     ) -> None:
-        """`kernels` names the kernel of each regime; a regime that is not in it has `native-matvec`.
+        """`kernels` by number of tokens; what it leaves out has `native-matvec`.
 
         permutation  [K] int64: column j of the planes is input permutation[j] (act-order); None: the same order
         pinned       a row's result does not depend on M
@@ -39,14 +39,14 @@ class StoredPlanes:
         self.shape = planes.shape
         self._permutation = permutation
         self._planes = planes
-        self._kernels = kernels
+        self._kernels = Kernels.of(kernels)
         self._tile = max(64, TILE_BYTES // (4 * max(planes.cols, 1)))
         self._pinned = pinned
-        if self._kernel("decode") != MATVEC or pinned:  # the plan wants another even for few tokens, or pairs of rows
+        if self._kernel(1) != MATVEC or pinned:  # the plan wants another even for few tokens, or pairs of rows
             self.step = None  # type: ignore[assignment, method-assign]
 
-    def _kernel(self, regime: Regime) -> str:
-        return self._kernels.get(regime, MATVEC)
+    def _kernel(self, tokens: int) -> str:
+        return self._kernels.at(tokens) if self._kernels.steps else MATVEC
 
     def tensors(self) -> dict[str, Tensor]:
         """The buffers, numbered; the library holds their addresses."""
@@ -90,7 +90,7 @@ class StoredPlanes:
 
     def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """x [M, K] times W^T plus the weight's own bias: [M, N] in `out_dtype`."""
-        kernel = self._kernel(regime)
+        kernel = self._kernel(x.shape[0])
         # a lone row is summed in two chains, rows in pairs and fours in one
         if self._pinned and kernel == MATVEC and x.shape[0] % 2:
             return self.linear(torch.cat([x, x[-1:]]), regime, bias, out_dtype)[:-1]
@@ -109,7 +109,7 @@ class StoredPlanes:
 
         bias  [count] of these rows; the compiled product takes them from the planes' own
         """
-        if self._kernel(regime) == GEMM:
+        if self._kernel(x.shape[0]) == GEMM:
             x = x.float() if x.dtype == torch.float64 else x
             made = torch.float32 if out_dtype == torch.float64 else out_dtype
             return self._planes.gemm(x, first, count, torch.empty((x.shape[0], count), dtype=made)).to(out_dtype)

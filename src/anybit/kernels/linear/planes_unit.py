@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anybit.kernels.linear.planes_native import EXPAND, MATVEC, StoredPlanes
-from anybit.kernels.request import Regime
+from anybit.kernels.request import REGIMES, Kernels, Regime
 from anybit.weights import QuantizedWeight, Weight, concatenate
 
 # the last input of a unit, its mark, its rows, and the parts that have taken theirs: one tuple, replaced as a whole,
@@ -98,7 +98,7 @@ def whole_unit(parts: Sequence[StoredPart]) -> StoredPlanes | None:
 def as_unit(weights: Sequence[Weight], kernels: Mapping[Regime, str]) -> list[StoredPart] | None:
     """The weights of one unit stored together, one face for each; None where they do not fit below each other.
 
-    kernels  by regime, as for a single layer; a decode step is one product of all
+    kernels  by number of tokens, as for a single layer; a decode step is one product of all
     """
     quantized = [w for w in weights if isinstance(w, QuantizedWeight) and w.scheme.activation is None]
     if len(quantized) < len(weights) or any(w.scheme.act_order or w.scheme.output for w in quantized):
@@ -108,10 +108,9 @@ def as_unit(weights: Sequence[Weight], kernels: Mapping[Regime, str]) -> list[St
         return None
     from anybit.kernels.native.planes import from_weight
 
-    many: dict[Regime, str] = {
-        regime: EXPAND if name == MATVEC else name for regime, name in kernels.items() if regime != "decode"
-    }
-    unit = _Unit(StoredPlanes(from_weight(together), many), len(quantized))
+    few = REGIMES["decode"][0]
+    many = ((most, EXPAND if name == MATVEC else name) for most, name in Kernels.of(kernels).steps if most > few)
+    unit = _Unit(StoredPlanes(from_weight(together), Kernels([(few, MATVEC), *many])), len(quantized))
     parts, start = [], 0
     for number, weight in enumerate(quantized):
         parts.append(StoredPart(unit, number, start, weight.shape))

@@ -26,7 +26,7 @@ def scaled_mm(
 ) -> Tensor:
     """x [M, K] times W^T by row scales, without a bias: `w8a8.multiply` gives a call with one to our kernel."""
     flavour = _FLAVOURS[given.kind]
-    assert bias is None and out.dtype == torch.bfloat16
+    assert bias is None and out.dtype == torch.bfloat16 and xq.scale is not None
     product: Tensor = torch._scaled_mm(
         xq.codes.view(flavour), codes.view(flavour).t(), scale_a=xq.scale[:, None], scale_b=factor[None, :],
         out_dtype=torch.bfloat16, use_fast_accum=False,
@@ -47,7 +47,7 @@ def int_mm(
         x = torch.nn.functional.pad(x, (0, 0, 0, _FEWEST_INT_ROWS - m))
     parts = torch._int_mm(x, codes.t())
     shifted = sums if xq.zero_point is not None else None
-    epilogue(parts, 1, None, xq, factor, shifted, zeros, bias, out)
+    epilogue(parts, xq, factor, shifted, zeros, bias, out)
     return out
 
 

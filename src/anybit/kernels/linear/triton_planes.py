@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from anybit.kernels.compiling import CompileCase
 from anybit.kernels.linear.triton_endings import finish_cases
+from anybit.kernels.linear.triton_experts import experts_case
 from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.kernels.triton import planes_form, planes_launch
 from anybit.kernels.triton.planes_form import Form, form_of
@@ -197,6 +198,7 @@ _SAMPLES: Final[Mapping[str, Scheme]] = {
 }
 # the samples that are compiled for more than one number of tokens and in float16
 _MAIN: Final = ("int4 g128", "nvfp4")
+_OF_EXPERTS: Final = ("int4 g128", "uint4 g128 zp", "mxfp4", "nvfp4", "q4_k")
 _QUANTIZED: Final = ("nvfp4",)  # compiled with factors of x's rows
 _SHAPE: Final = (4096, 4096)
 _LARGE_SHAPE: Final = (57344, 8192)  # compiled too where its tiles are others
@@ -287,7 +289,11 @@ def matvec_cases(arch: str) -> list[CompileCase]:
 
 def fused_cases(arch: str) -> list[CompileCase]:
     """Small batches and prefill without rounding."""
-    return list(_product_cases("triton-fused", arch, (16, 64, 512))) if _claims(arch) else []
+    if not _claims(arch):
+        return []
+    experts = [experts_case(_product_case("triton-fused", arch, name, _SAMPLES[name], "bfloat16", m, _SHAPE))
+               for name in _OF_EXPERTS for m in (1, 64)]
+    return [*_product_cases("triton-fused", arch, (16, 64, 512)), *experts]
 
 
 def expand_cases(arch: str) -> list[CompileCase]:

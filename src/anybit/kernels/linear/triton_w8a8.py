@@ -147,7 +147,7 @@ def stored_bytes(request: Request) -> int:
         factors = -(-rows // product.w_rows) * -(-k // product.w_group)
     sums = rows * (is_shifted(request.scheme) + (request.scheme.offset is not None))
     scheme = replace(request.scheme, offset=None)  # zero points are kept as int32
-    return rows * (-(-k // PAD) * PAD) + 4 * (factors + sums) + scale_bytes(scheme, request.shape) + 4096
+    return rows * (-(-k // PAD) * PAD) + 4 * (factors + sums) + scale_bytes(scheme, request.shape)
 
 
 def _seconds(name: str, request: Request, platform: Platform) -> float:

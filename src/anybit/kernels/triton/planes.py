@@ -1,4 +1,4 @@
-"""The stored form "triton-planes" at run time: what a host holds, and the operators that launch the kernels.
+"""The stored form "triton-planes" at run time: what a host holds, and the launches of its kernels.
 
 x may have any float dtype: where it is not the 16-bit dtype that the operands are exact in, it is split into two or
 three bfloat16 pieces whose sum it is, which are further rows of the same product; their float32 results are added. So
@@ -8,18 +8,20 @@ activations that were dequantized to float32 lose nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
 from anybit.kernels.catalogue import Stored
 from anybit.kernels.linear.tiled_torch import Tiled, as_bits
-from anybit.kernels.request import Regime
+from anybit.kernels.request import Kernels, Regime
 from anybit.kernels.triton.devices import arch_of
-from anybit.kernels.triton.planes_form import Form
+from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Launch, Piece, Zeros, launch, remember
+from anybit.kernels.triton.opaque import Opaque
 from anybit.kernels.triton.planes_launch import configure, constants, expansion, half_factor, overlaps, terms_of
 from anybit.kernels.triton.planes_prepare import Packed, pack, unpacked
 from anybit.kernels.triton.recipes import can_fake_quantize
@@ -27,12 +29,15 @@ from anybit.numerics.formats import number_format
 from anybit.schemes import ActivationSpec
 from anybit.weights import Dense, Weight
 
+if TYPE_CHECKING:
+    from anybit.kernels.triton.quantizers import Quantizer, QuantizerPlan
+
 __all__ = ["StoredPlanes", "TritonPlanes"]
 
-EXPANDED_TOKENS: Final = 192  # fewer are faster decoded in registers
 SCRATCH_BYTES: Final = 64 * 2**20  # of expanded rows at a time
+# in the kernels' order
 PARTS: Final = ("plane_0", "plane_1", "plane_2", "scale", "scale_super", "zeros", "addend", "addend_super", "row",
-                "table", "counters")
+                "table")
 _ACTIVATION: Final = "activation_"  # of the names of static activation tensors
 _NO_TENSORS: Final[Mapping[str, Tensor]] = MappingProxyType({})
 _PINNED_TOKENS: Final = 16  # the configuration of every M where a row's result must not depend on M
@@ -40,164 +45,71 @@ _PINNED_CALL: Final = 256  # tokens of one launch there: each has parts of split
 # pieces of 8 significant bits that hold 24, 11 and 8 of them
 _PIECES: Final = {torch.float32: 3, torch.float64: 3, torch.float16: 2, torch.bfloat16: 1}
 _FLUSHES_HALF: Final = ("gfx90a",)  # its matrix unit reads float16 subnormals as zero
-_FORMS: list[Form] = []
-_FORM_NUMBERS: dict[Form, int] = {}
 
-
-def number_of(form: Form) -> int:
-    """A number for a form, the same one for equal forms: what an operator takes instead of twenty constants."""
-    if form not in _FORM_NUMBERS:
-        _FORM_NUMBERS[form] = len(_FORMS)
-        _FORMS.append(form)
-    return _FORM_NUMBERS[form]
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Launches go to the current device, which may be another one than the tensors'."""
-    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
-# --- operators --------------------------------------------------------------------------------------------------------
-
-
-def _matmul(x: Tensor, parts: list[Tensor], factors: Tensor | None, bias: Tensor | None, form_number: int, rows: int,
-            columns: int, is_pinned: bool, out_dtype: torch.dtype) -> Tensor:  # fmt: skip
-    from anybit.kernels.triton.planes_kernels import matmul_kernel
-
-    form = _FORMS[form_number]
-    tokens = x.shape[0]
-    out = torch.empty((tokens, rows), dtype=out_dtype, device=x.device)
-    if tokens == 0 or rows == 0:
-        return out
-    if is_pinned and tokens > _PINNED_CALL:
-        calls = [(part, None if factors is None else factors[i * _PINNED_CALL :])
-                 for i, part in enumerate(torch.split(x, _PINNED_CALL))]
-        return torch.cat([_matmul(part, parts, some, bias, form_number, rows, columns, is_pinned, out_dtype)
-                          for part, some in calls])
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    config = configure(form, rows, columns, _PINNED_TOKENS if is_pinned else tokens, arch_of(x.device))
-    padded_rows, padded = parts[8].shape[0], form.padded(columns)
-    tiles = -(-tokens // config.tokens) * (padded_rows // config.rows)
-    split = config.split
-    assert split == 1 or tiles <= parts[10].numel()
-    partial = out if split == 1 else torch.empty((split, tokens, rows), dtype=torch.float32, device=x.device)
-    is_half = x.dtype == torch.float16
-    waits = factors is not None and overlaps(tokens, rows, columns, arch_of(x.device))
-    with _on(x.device):
-        matmul_kernel[(tiles, split)](
-            x, *parts[:10], parts[8] if factors is None else factors, out if bias is None else bias, out, partial,
-            parts[10], tokens, rows, padded_rows, columns, padded, x.stride(0),
-            padded_rows if parts[5].shape[0] > 1 else 0, half_factor(form, is_half=is_half), **constants(form),
-            R=form.run, TERMS=terms_of(form, is_half=is_half), BM=config.tokens, BN=config.rows, SPLIT=split > 1,
-            TOKENS=factors is not None, BIAS=bias is not None, EVEN=columns == padded, ASM=config.assembly,
-            WAITS=waits, num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if waits else {}),
-        )  # fmt: skip
-    return out
-
-
-def _expand(parts: list[Tensor], form_number: int, start: int, rows: int, columns: int, with_rows: bool,
-            dtype: torch.dtype) -> Tensor:  # fmt: skip
-    from anybit.kernels.triton.planes_kernels import expand_kernel
-
-    form = _FORMS[form_number]
-    device = parts[0].device
-    out = torch.empty((rows, columns), dtype=dtype, device=device)
-    padded_rows, padded = parts[8].shape[0], form.padded(columns)
-    is_half = dtype == torch.float16
-    tile_rows, blocks = expansion(form)
-    with _on(device):
-        expand_kernel[(-(-rows // tile_rows), -(-(padded // form.block) // blocks))](
-            *parts[:10], out, start, rows, padded_rows, columns, padded,
-            padded_rows if parts[5].shape[0] > 1 else 0, half_factor(form, is_half=is_half),
-            **constants(form), ROW=with_rows, BN=tile_rows, NB=blocks,
-            num_warps=4, num_stages=1,
-        )  # fmt: skip
-    return out
-
-
-def _finish(y: Tensor, factors: Tensor | None, bias: Tensor | None, out: Tensor, alpha: float) -> None:
-    from anybit.kernels.triton.planes_kernels import finish_kernel
-
-    tokens, rows = y.shape
-    columns = 1024
-    with _on(y.device):
-        finish_kernel[(tokens, -(-rows // columns))](
-            y, y if factors is None else factors, y if bias is None else bias, out, tokens, rows, out.stride(0), alpha,
-            TOKENS=factors is not None, BIAS=bias is not None, BN=columns, num_warps=4,
-        )  # fmt: skip
-
-
-_SCHEMAS: Final = (
-    "planes_matmul(Tensor x, Tensor[] parts, Tensor? factors, Tensor? bias, int form, int rows, int columns, "
-    "bool is_pinned, ScalarType out_dtype) -> Tensor",
-    "planes_expand(Tensor[] parts, int form, int start, int rows, int columns, bool with_rows, "
-    "ScalarType dtype) -> Tensor",
-    "planes_finish(Tensor y, Tensor? factors, Tensor? bias, Tensor(a!) out, float alpha) -> ()",
-)
-
-
-def _fake_matmul(x: Tensor, parts: list[Tensor], factors: Tensor | None, bias: Tensor | None, form: int, rows: int,
-                 columns: int, is_pinned: bool, out_dtype: torch.dtype) -> Tensor:  # fmt: skip
-    return x.new_empty((x.shape[0], rows), dtype=out_dtype)
-
-
-def _fake_expand(parts: list[Tensor], form: int, start: int, rows: int, columns: int, with_rows: bool,
-                 dtype: torch.dtype) -> Tensor:  # fmt: skip
-    return parts[0].new_empty((rows, columns), dtype=dtype)
-
-
-def _fake_finish(y: Tensor, factors: Tensor | None, bias: Tensor | None, out: Tensor, alpha: float) -> None:
-    return None
-
-
-_LIBRARY: Final = torch.library.Library("anybit", "FRAGMENT")  # type: ignore[no-untyped-call]
-_FAKES: Final[tuple[Callable[..., Any], ...]] = (_fake_matmul, _fake_expand, _fake_finish)
-for _schema, _real, _fake in zip(_SCHEMAS, (_matmul, _expand, _finish), _FAKES, strict=True):
-    _name = _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(_name, _real, "CUDA")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"anybit::{_name}", _fake, lib=_LIBRARY)
-
-_matmul_op = torch.ops.anybit.planes_matmul.default
-_expand_op = torch.ops.anybit.planes_expand.default
-_finish_op = torch.ops.anybit.planes_finish.default
+Run = Callable[[Tensor, Tensor | None], Tensor]  # (x, bias) -> result
 
 
 # --- the stored weight ------------------------------------------------------------------------------------------------
 
 
-class StoredPlanes:
+class StoredPlanes(Opaque):
     """A weight [N, K] in the layout, with the activation quantization in front of it.
 
-    expanded         regimes that decode rows to memory and leave the product to torch
+    kernels          by number of tokens, as planned: `triton-expand` decodes rows to memory and leaves the product to
+                     torch, the others decode in registers; None: always in registers
     is_pinned        one launch configuration for every M, so that a row's result does not depend on the other rows
     quantizes_input  the recipe's values are exact in bfloat16 but for a factor of each row, and a kernel makes them
     """
 
     def __init__(
-        self, packed: Packed, expanded: frozenset[Regime], *, is_pinned: bool = False,
+        self, packed: Packed, kernels: Kernels | None, *, is_pinned: bool = False,
         spec: ActivationSpec | None = None, activation: Mapping[str, Tensor] = _NO_TENSORS,
     ) -> None:  # fmt: skip
         """`packed` on the device that it runs on; `spec` and its static tensors where the input is quantized here."""
+        super().__init__()
         self.shape = packed.shape
         self.quantizes_input = spec is not None
         self._packed = packed
         self._spec = spec
         self._activation = dict(activation) if spec is not None else {}
-        self._form = number_of(packed.form)
-        self._expanded = expanded
+        self._kernels = kernels
         self._is_pinned = is_pinned
+        self._captured: list[Tensor] = []  # zeros that graphs count in
         self._dtypes = {name: t.dtype for name, t in self._held().items()}
         self._take()
         self._static_factor = self._find_static_factor()
+
+    @property
+    def packed(self) -> Packed:
+        """The tensors and what they mean."""
+        return self._packed
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The tensors in the order of PARTS."""
+        return self._parts
+
+    @property
+    def spec(self) -> ActivationSpec | None:
+        """How the input is quantized here."""
+        return self._spec
+
+    @property
+    def activation(self) -> Mapping[str, Tensor]:
+        """The static numbers of that quantization."""
+        return self._activation
+
+    @property
+    def is_pinned(self) -> bool:
+        """True where a row's result must not depend on the other rows."""
+        return self._is_pinned
 
     def _held(self) -> dict[str, Tensor]:
         return self._packed.tensors | {f"{_ACTIVATION}{name}": t for name, t in self._activation.items()}
 
     def _take(self) -> None:
-        """What the operators are given: absent parts are stood in for by one that is never read."""
+        """What the kernels are given: absent parts are stood in for by one that is never read."""
+        self._calls: dict[Any, Any] = {}  # Run by what calls differ in
         tensors = self._packed.tensors
         self._parts = [tensors.get(name, tensors["row"]) for name in PARTS]
         if "zeros" not in tensors:
@@ -206,6 +118,11 @@ class StoredPlanes:
         device = tensors["row"].device
         flushes = device.type == "cuda" and arch_of(device) in _FLUSHES_HALF
         self._is_half = self._packed.is_half and not flushes
+        self._quantizer: Quantizer | None = None
+        if self._spec is not None:
+            from anybit.kernels.triton.quantizers import Quantizer  # needs Triton; weights are stored without it too
+
+            self._quantizer = Quantizer(self._spec, self._activation, self.shape[1], values=torch.bfloat16, own=True)
 
     def _find_static_factor(self) -> float | None:
         """The factor that every row of quantized activations has, read once; None where rows differ.
@@ -231,48 +148,144 @@ class StoredPlanes:
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Codes times their block scales in bfloat16, exact, and the float32 factor of each row."""
-        from anybit.kernels.triton.quantizers import fake_quantize
-
-        assert self._spec is not None
-        rows, columns = self.shape
-        leads = x.device.type == "cuda" and overlaps(x.shape[0], rows, columns, arch_of(x.device))
-        values, factors = fake_quantize(x, self._spec, self._activation, leads=leads)
-        return values, None if factors is None else factors.contiguous()
+        assert self._quantizer is not None
+        found = self._quantizer(x)
+        return found.codes, found.factor
 
     def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """x [M, K] in any float dtype times W^T (+ bias): [M, N] in `out_dtype`, float32 sums, one rounding."""
-        if x.shape[0] == 0:
-            return torch.empty((0, self.shape[0]), dtype=out_dtype, device=x.device)
+        if torch.compiler.is_compiling():
+            return self._as_operator(x, regime, bias, self.shape[0], out_dtype)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        key = (x.shape, x.stride(), x.dtype, out_dtype, None if bias is None else bias.dtype)
+        call = self._calls.get(key)
+        if call is None:
+            call = remember(self._calls, key, self._prepared(x, bias, out_dtype))
+        result: Tensor = call(x, bias)
+        return result
+
+    def _prepared(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Run:
+        """How calls like this one are carried out."""
+        if 0 in (x.shape[0], self.shape[0]):
+            return partial(_nothing, rows=self.shape[0], out_dtype=out_dtype)
+        dtype = torch.bfloat16 if self._quantizer is not None else x.dtype
+        is_exact_dtype = dtype == torch.bfloat16 or (dtype == torch.float16 and self._is_half)
+        is_plain = (self._quantizer is None or self._static_factor is not None) and out_dtype == dtype and (
+            bias is None or bias.dtype == dtype)
+        expands = is_exact_dtype and self._expands(x.shape[0], is_plain=is_plain)
+        is_direct = is_exact_dtype and not expands and self._permutation is None and not self._is_cut(x)
+        if is_direct:
+            return self._direct(x, bias, out_dtype)
+        return partial(self._general, out_dtype=out_dtype, expands=expands, splits=not is_exact_dtype)
+
+    def _general(
+        self, x: Tensor, bias: Tensor | None, *, out_dtype: torch.dtype, expands: bool, splits: bool
+    ) -> Tensor:
+        """Step by step, where one or two launches do not do."""
         factors = None
-        if self.quantizes_input:
+        if self._quantizer is not None:
             x, factors = self._quantized(x)
         if self._permutation is not None:
             x = x.index_select(1, self._permutation)
-        is_exact_dtype = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and self._is_half)
-        if not is_exact_dtype:
-            return self._by_pieces(x, regime, bias, out_dtype)
-        is_plain = (factors is None or self._static_factor is not None) and out_dtype == x.dtype and (
-            bias is None or bias.dtype == x.dtype)
-        if self._expands(x, regime, is_plain=is_plain):
+        if splits:
+            return self._by_pieces(x, bias, out_dtype)
+        if expands:
             return self._by_expanding(x, factors, bias, out_dtype)
         return self._multiply(x, factors, bias, out_dtype)
 
-    def _expands(self, x: Tensor, regime: Regime, *, is_plain: bool) -> bool:
-        """True where writing the weights out pays; ROCm's product gives no float32 result for 16-bit operands."""
-        is_many = regime in self._expanded and x.shape[0] >= EXPANDED_TOKENS
-        return is_many and (is_plain or not torch.version.hip)
+    def _is_cut(self, x: Tensor) -> bool:
+        """True where a call needs several launches, so that each row is computed as it would be alone."""
+        return self._is_pinned and x.shape[0] > _PINNED_CALL
+
+    def _expands(self, tokens: int, *, is_plain: bool) -> bool:
+        """True where the plan writes the weights out; ROCm's product gives no float32 result for 16-bit operands."""
+        expands = self._kernels is not None and self._kernels.at(tokens) == "triton-expand"
+        return expands and (is_plain or not torch.version.hip)
 
     def _multiply(self, x: Tensor, factors: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        n, k = self.shape
-        # outside a compiler the dispatcher would only cost time
-        run = _matmul_op if torch.compiler.is_compiling() else _matmul
-        return cast("Tensor", run(x, self._parts, factors, bias, self._form, n, k, self._is_pinned, out_dtype))
+        """The product of exact operands x [M, K], with float32 factors of its rows."""
+        x = x if x.stride(1) == 1 else x.contiguous()
+        if self._is_cut(x):
+            parts = torch.split(x, _PINNED_CALL)
+            some = [None] * len(parts) if factors is None else torch.split(factors, _PINNED_CALL)
+            return torch.cat([self._multiply(a, b, bias, out_dtype) for a, b in zip(parts, some, strict=True)])
+        has_factors = factors is not None
+        key = ("exact", x.shape, x.stride(), x.dtype, out_dtype, None if bias is None else bias.dtype, has_factors)
+        call = self._calls.get(key)
+        if call is None:
+            kind = torch.float32 if has_factors else None
+            call = remember(self._calls, key, self._launched(x, kind, bias, out_dtype))
+        result: Tensor = call(x, bias, factors)
+        return result
 
-    def _by_pieces(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    def _direct(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Call:
+        """The launches of one product, with its quantizer."""
+        (tokens, columns), (rows, _) = x.shape, self.shape
+        if self._quantizer is None:
+            return self._launched(x, None, bias, out_dtype)
+        plan = self._quantizer.plan(x, leads=overlaps(tokens, rows, columns, arch_of(x.device)))
+        factors = plan.pieces.get("scale", plan.pieces.get("outer"))
+        return self._launched(x, factors, bias, out_dtype, plan)
+
+    def _launched(
+        self, x: Tensor, factors: Piece | torch.dtype | None, bias: Tensor | None, out_dtype: torch.dtype,
+        quantize: QuantizerPlan | None = None,
+    ) -> Call:  # fmt: skip
+        """The launch of the product for calls like this one: of x itself, or of what `quantize` makes of it.
+
+        factors  of x's rows, where they have any: a part of the scratch, or (a dtype) a tensor that the call brings
+        """
+        from anybit.kernels.triton.planes_kernels import matmul_kernel
+
+        (tokens, columns), rows, form = x.shape, self.shape[0], self._packed.form
+        device, arch = x.device, arch_of(x.device)
+        config = configure(form, rows, columns, _PINNED_TOKENS if self._is_pinned else tokens, arch)
+        row = self._parts[8]  # stands in for what a specialization does not read
+        padded_rows, padded = row.shape[0], form.padded(columns)
+        tiles, is_split = -(-tokens // config.tokens) * (padded_rows // config.rows), config.split > 1
+        size = 0 if quantize is None else quantize.scratch_bytes
+        parts: Argument = row
+        if is_split:
+            parts = Piece(size, torch.float32)
+            size += -(-config.split * tokens * rows * 4 // ALIGNED) * ALIGNED
+        is_half = quantize is None and x.dtype == torch.float16
+        waits = quantize is not None and overlaps(tokens, rows, columns, arch)
+        made = Launch(
+            matmul_kernel,
+            [x.dtype if quantize is None else quantize.pieces["codes"], *self._parts,
+             row if factors is None else factors, row if bias is None else bias.dtype, out_dtype, parts,
+             Zeros(tiles, self._captured) if is_split else row, int, rows, padded_rows, columns, padded,
+             x.stride(0) if quantize is None and tokens > 1 else columns,
+             padded_rows if self._parts[5].shape[0] > 1 else 0, half_factor(form, is_half=is_half)],
+            {**constants(form), "R": form.run, "TERMS": terms_of(form, is_half=is_half), "BM": config.tokens,
+             "BN": config.rows, "SPLIT": is_split, "TOKENS": factors is not None, "BIAS": bias is not None,
+             "EVEN": columns == padded, "ASM": config.assembly, "WAITS": waits},
+            device, num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if waits else {}),
+        )  # fmt: skip
+        return Call((tokens, rows), out_dtype, device, size, quantize, made, (tiles, config.split))
+
+    def _expanded_rows(self, start: int, count: int, dtype: torch.dtype, *, with_rows: bool) -> Tensor:
+        """Rows of the weight from `start` on, decoded: [count, K] in a 16-bit dtype."""
+        from anybit.kernels.triton.planes_kernels import expand_kernel
+
+        form, row, columns = self._packed.form, self._parts[8], self.shape[1]
+        out = torch.empty((count, columns), dtype=dtype, device=row.device)
+        padded_rows, padded = row.shape[0], form.padded(columns)
+        tile_rows, blocks = expansion(form)
+        launch(
+            expand_kernel, (-(-count // tile_rows), -(-(padded // form.block) // blocks)),
+            [*self._parts, out, start, count, padded_rows, columns, padded,
+             padded_rows if self._parts[5].shape[0] > 1 else 0, half_factor(form, is_half=dtype == torch.float16)],
+            out.device, **constants(form), ROW=with_rows, BN=tile_rows, NB=blocks, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        return out
+
+    def _by_pieces(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """The product of x's bfloat16 pieces, added in float32."""
         pieces = split(x, _PIECES[x.dtype])
         rows = torch.cat(pieces)
-        if self._expands(rows, regime, is_plain=False):
+        if self._expands(x.shape[0], is_plain=False):
             y = self._by_expanding(rows, None, None, torch.float32)
         else:
             y = self._multiply(rows, None, None, torch.float32)
@@ -296,7 +309,7 @@ class StoredPlanes:
         out = torch.empty((x.shape[0], n), dtype=out_dtype, device=x.device)
         for start in range(0, n, step):
             count = min(step, n - start)
-            tile = _expand_op(self._parts, self._form, start, count, k, not is_common, x.dtype)
+            tile = self._expanded_rows(start, count, x.dtype, with_rows=not is_common)
             part = None if bias is None else bias[start : start + count]
             _product_into(out[:, start : start + count], x, tile, factors, part, alpha)
         return out
@@ -308,6 +321,23 @@ class StoredPlanes:
     def dequantize(self) -> Tensor:
         """The float32 weight."""
         return unpacked(self._packed)
+
+
+def _nothing(x: Tensor, bias: Tensor | None, *, rows: int, out_dtype: torch.dtype) -> Tensor:
+    """The product of no rows."""
+    return torch.empty((x.shape[0], rows), dtype=out_dtype, device=x.device)
+
+
+def _finish(y: Tensor, factors: Tensor | None, bias: Tensor | None, out: Tensor, alpha: float) -> None:
+    """out = alpha y (times factors of rows) + bias for float32 y, rounded once."""
+    from anybit.kernels.triton.planes_kernels import finish_kernel
+
+    (tokens, rows), columns = y.shape, 1024
+    launch(
+        finish_kernel, (tokens, -(-rows // columns)),
+        [y, y if factors is None else factors, y if bias is None else bias, out, tokens, rows, out.stride(0), alpha],
+        y.device, TOKENS=factors is not None, BIAS=bias is not None, BN=columns, num_warps=4,
+    )  # fmt: skip
 
 
 def split(x: Tensor, count: int) -> list[Tensor]:
@@ -328,7 +358,7 @@ def _product_into(
     with _full_sums():
         if out.dtype != x.dtype or factors is not None or (bias is not None and bias.dtype != x.dtype):
             wide = torch.mm(x, weight.T, out_dtype=torch.float32)
-            _finish_op(wide, factors, bias, out, alpha)
+            _finish(wide, factors, bias, out, alpha)
         elif bias is not None:
             torch.addmm(bias, x, weight.T, alpha=alpha, out=out)
         elif alpha == 1.0:
@@ -361,12 +391,11 @@ class TritonPlanes:
         packed = pack(weight, dtype)
         if packed is None:
             return Tiled().prepare(weight, dtype, kernels, pinned=pinned)
-        chosen = {regime for regime, name in kernels.items() if name == "triton-expand"}
-        expanded = frozenset(chosen) if is_expandable(packed, dtype) and not pinned else frozenset()
+        planned = Kernels.of(kernels) if is_expandable(packed, dtype) and not pinned else None
         spec = weight.scheme.activation
         if spec is not None and can_fake_quantize(spec) is not None:
             spec = None
-        return StoredPlanes(packed, expanded, is_pinned=pinned, spec=spec, activation=weight.activation)
+        return StoredPlanes(packed, planned, is_pinned=pinned, spec=spec, activation=weight.activation)
 
 
 # exponents of e8m0 scales with which every code stays exact in the dtype (docs/formats/numerics.md §4)

@@ -257,7 +257,7 @@ def stored_bytes(scheme: Scheme, rows: int, columns: int) -> int:
     form = form_of(scheme, columns)
     n, k = -(-rows // ROWS) * ROWS, form.padded(columns)
     groups = -(-k // form.group) if form.group else 0
-    total = n * k * form.bits // 8 + 4 * n + 4 * counters(n)
+    total = n * k * form.bits // 8 + 4 * n
     if form.scaling in ("group", "fold", "decode") and scheme.scales:
         total += n * groups * _bytes_of(scheme.scales[0].format, form.scaling == "fold")
         if form.super_groups:
@@ -277,8 +277,3 @@ def _bytes_of(format: str, folded: bool = False) -> int:
     if folded or number_format(format).is_integer or format == "e8m0":
         return 1
     return 4 if format == "float32" else 2
-
-
-def counters(rows: int) -> int:
-    """Arrival counters of split-K: one a tile of at least 32 rows and 16 tokens, for 256 tokens."""
-    return rows // 2

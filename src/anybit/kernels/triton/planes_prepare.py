@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from anybit.kernels.linear.planes import in_order
-from anybit.kernels.triton.planes_form import ALIASES, ROWS, SMALL_FLOATS, Form, counters, form_of
+from anybit.kernels.triton.planes_form import ALIASES, ROWS, SMALL_FLOATS, Form, form_of
 from anybit.numerics.codec import code_values
 from anybit.numerics.formats import WIDE_FLOATS, number_format
 from anybit.numerics.packing import PackedCodes
@@ -39,7 +39,7 @@ class Packed:
     tensors   planes "plane_0".. [Np, Kp / 8] (8 bits: [Np, Kp]); "scale", "addend" [groups, Np] or int32 words
               [blocks, 2, Np]; "scale_super", "addend_super" [super groups, Np]; "zeros" uint8 [groups or 1, Np];
               "row" float32 [Np], the product of all row scales; "level_i" float32 [N or 1], row scales as stored;
-              "table" float32 [16]; "counters" int32, zero between calls; "permutation" [K] int64 (act-order)
+              "table" float32 [16]; "permutation" [K] int64 (act-order)
     top       exponent that folded scales are relative to
     is_half   products may be computed in float16
     factor    value of "row" where it is one number
@@ -80,7 +80,6 @@ def pack(weight: QuantizedWeight, dtype: torch.dtype) -> Packed | None:
     device = packed.tensors["row"].device
     if packed.form.kind == "table":
         packed.tensors["table"] = code_values(scheme.element, str(device)).clone()
-    packed.tensors["counters"] = torch.zeros(counters(_padded(n, ROWS)), dtype=torch.int32, device=device)
     packed.is_half = packed.is_half and _is_half(packed.form, scheme)
     return packed
 

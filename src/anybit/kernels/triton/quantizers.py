@@ -2,15 +2,17 @@
 
 Two faces. `quantize` makes codes and scales for a product of low-precision operands; `fake_quantize` makes the values
 of those codes in a 16 bit float that holds them exactly, with one float32 factor a row for the epilogue, for a product
-that emulates. Which recipe can do which is answered without torch by `recipes.py`; device code: `quantizers_jit.py`.
+that emulates. A weight keeps a `Quantizer`, whose plans its launches share. Which recipe can do which is answered
+without torch by `recipes.py`; device code: `quantizers_jit.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch import Tensor
 from anybit.errors import Inconsistent
 from anybit.kernels.triton import quantizers_jit as jit
 from anybit.kernels.triton.devices import arch_of
+from anybit.kernels.triton.launching import ALIGNED, Launch, Piece, remember
 from anybit.kernels.triton.recipes import (
     ARITHMETIC,
     Arithmetic,
@@ -33,9 +36,8 @@ from anybit.kernels.triton.recipes import (
 )
 from anybit.numerics.scales import quotient
 
-__all__ = ["Quantized", "fake_quantize", "quantize"]
+__all__ = ["Quantized", "Quantizer", "QuantizerPlan", "fake_quantize", "quantize"]
 
-FOLLOWS = False
 _NONE: Final[Mapping[str, Tensor]] = MappingProxyType({})
 
 
@@ -43,8 +45,10 @@ _NONE: Final[Mapping[str, Tensor]] = MappingProxyType({})
 class Quantized:
     """Codes of x [M, K] and what they mean.
 
-    codes        [M, columns] int8 or uint8, code 0 beyond K; packed: [M, columns / 2], two a byte, the first low
-    scale        float32 [M], or [G, M] for groups (those of `columns`); what a code is multiplied with, all levels
+    codes        [M, columns] int8 or uint8, code 0 beyond K; packed: [M, columns / 2], two a byte, the first low;
+                 or their values in a float dtype
+    scale        float32 [M], or [G, M] for groups (those of `columns`); what a code is multiplied with, all levels;
+                 None where the values of groups hold their own
     zero_point   int32 [M], or None
     scale_codes  uint8 [M, G]: the groups' 8 bit scales without the global one, or None
     outer        float32 [M]: the global scale that multiplies beside `scale_codes`, or None where there is none
@@ -52,168 +56,223 @@ class Quantized:
     """
 
     codes: Tensor
-    scale: Tensor
+    scale: Tensor | None = None
     zero_point: Tensor | None = None
     scale_codes: Tensor | None = None
     outer: Tensor | None = None
     sums: Tensor | None = None
 
+    @property
+    def factor(self) -> Tensor | None:
+        """What values are still to be multiplied with: float32 [M], or None for 1."""
+        return self.outer if self.scale is None else self.scale
+
 
 def quantize(
     x: Tensor, spec: Spec, tensors: Mapping[str, Tensor] = _NONE, *, columns: int = 0, fnuz: bool = False,
     packed: bool = False, values: torch.dtype | None = None, sums: bool = False,
-    leads: bool = False,
 ) -> Quantized:
-    """Codes and scales of x [M, K] (bf16, fp16 or fp32) by the recipe that the spec names.
-
-    columns  width of the code rows, at least K (the rest is code 0); 0 = K
-    fnuz     e4m3fn codes as the e4m3fnuz codes of half the value: the product is doubled by whoever multiplies
-    packed   4 bit codes, two a byte
-    values   a float dtype: instead of codes their values (less the zero point, without any scale)
-    sums     also the sums of integer codes, where rows have scales
-    leads    the kernel launched next waits for this one itself (sm_90: programmatic dependent launch)
-    """
-    return _Call(x, spec, tensors, columns or x.shape[1], leads=leads).codes(fnuz, packed, values, sums)
+    """Codes and scales of x [M, K] (bf16, fp16 or fp32) by the recipe that the spec names: one call of a Quantizer."""
+    return Quantizer(spec, tensors, columns or x.shape[1], fnuz=fnuz, packed=packed, values=values, sums=sums)(x)
 
 
 def fake_quantize(
     x: Tensor, spec: Spec, tensors: Mapping[str, Tensor] = _NONE, *, dtype: torch.dtype = torch.bfloat16,
-    columns: int = 0, leads: bool = False,
+    columns: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Values [M, columns] in `dtype`, exact in bfloat16, and the float32 factor [M] of each row or None.
 
     values * factor is what the recipe's `dequantize` gives, up to the rounding of that product to float32; below 2^-126
     a bfloat16 keeps fewer bits than float32 does (micro-scaled fp8 blocks whose largest magnitude is below 2^-116).
-    `leads` as in `quantize`.
     """
-    return _Call(x, spec, tensors, columns or x.shape[1], leads=leads).values(dtype)
+    found = Quantizer(spec, tensors, columns or x.shape[1], values=dtype, own=True)(x)
+    return found.codes, found.factor
 
 
-class _Call:
-    """One call: x, the recipe, and what of x or the checkpoint its rule reads."""
+class Quantizer:
+    """A recipe with its static tensors, and what is wanted of it.
+
+    columns  width of the code rows, at least K (the rest is code 0)
+    fnuz     e4m3fn codes as the e4m3fnuz codes of half the value: the product is doubled by whoever multiplies
+    packed   4 bit codes, two a byte
+    values   a float dtype: instead of codes their values (less the zero point, without any scale)
+    own      of groups: values times the groups' own (8 bit) scales; what remains is one factor a row
+    sums     also the sums of integer codes, where rows have scales
+    by_row   of groups: the static number is another one for each row, and calls bring it (experts of a layer)
+    """
 
     def __init__(
-        self, x: Tensor, spec: Spec, tensors: Mapping[str, Tensor], columns: int, *, leads: bool = False
-    ) -> None:
-        self.x = x if x.stride(1) == 1 else x.contiguous()
-        self.spec, self.columns, self.leads = spec, columns, leads
-        self.arithmetic: Arithmetic = ARITHMETIC[spec.recipe]
-        self.element = element_of(spec.element)
-        self.rows, self.k = x.shape
-        self.arch = arch_of(x.device)
-        self.in_groups = spec.granularity == "group"
-        self.zero_point = _one(tensors, "zero_point") if self.arithmetic.optional == "zero_point" else None
-        self.statistic = statistic_of(spec)
-        self.given, self.given_stride = self._given(tensors)
+        self, spec: Spec, tensors: Mapping[str, Tensor], columns: int, *, fnuz: bool = False, packed: bool = False,
+        values: torch.dtype | None = None, own: bool = False, sums: bool = False, by_row: bool = False,
+    ) -> None:  # fmt: skip
+        self.spec, self.columns, self.by_row = spec, columns, by_row
+        self._arithmetic: Arithmetic = ARITHMETIC[spec.recipe]
+        self._element = element_of(spec.element)
+        self._in_groups = spec.granularity == "group"
+        self._statistic = statistic_of(spec)
+        self._fnuz, self._packed, self._values, self._own, self._sums = fnuz, packed, values, own, sums
+        arithmetic = self._arithmetic
+        has_zero = arithmetic.optional == "zero_point"
+        self._zero_point = _one(tensors, "zero_point") if has_zero else None
+        static = _one(tensors, arithmetic.given, required=True) if arithmetic.given and not by_row else None
+        self._static = static if arithmetic.given or has_zero else _one(tensors, arithmetic.optional)
+        self._plans: dict[Any, QuantizerPlan] = {}
 
-    def _given(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, int]:
-        """The number that the rule reads beside x, and its stride over rows."""
-        arithmetic = self.arithmetic
+    def __call__(self, x: Tensor, given: Tensor | None = None) -> Quantized:
+        """Codes (or values) and scales of x [M, K] as tensors; `given` float32 [M] with `by_row`."""
+        x = x if x.stride(1) == 1 else x.contiguous()
+        plan = self.plan(x)
+        scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=x.device)
+        if x.shape[0]:
+            plan(scratch, x, given)
+        return plan.quantized(scratch)
+
+    def plan(self, x: Tensor, *, leads: bool = False) -> QuantizerPlan:
+        """How rows like those of x are quantized: as many, of that dtype and stride.
+
+        leads  the kernel launched next waits for this one itself (sm_90: programmatic dependent launch)
+        """
+        key = (x.shape, x.stride(), x.dtype, x.device, leads)
+        found = self._plans.get(key)
+        return remember(self._plans, key, QuantizerPlan(self, x, leads=leads)) if found is None else found
+
+    def given(self, x: Tensor) -> Tensor | None:
+        """The number that the rule reads beside x: static, or a statistic of the whole call."""
+        arithmetic, static = self._arithmetic, self._static
         if arithmetic.given:
-            return _one(tensors, arithmetic.given, required=True), 0
-        found = None if arithmetic.optional == "zero_point" else _one(tensors, arithmetic.optional)
-        if self.rows == 0:
-            return found, 0
-        if self.statistic == "call_range":
-            return torch.stack(torch.aminmax(self.x)), 0
-        if self.statistic == "call_absmax":
-            largest = self._largest()
-            return (largest if found is None else torch.maximum(largest, found.float())), 0
-        if arithmetic.rule == "torchao_nvfp4" and found is None:
-            return quotient(self._largest(), 448 * 6), 0
-        if arithmetic.rule == "nvfp4_token":
-            return None, 0
-        return found, 0
+            return static
+        if self._statistic == "call_range":
+            return torch.stack(torch.aminmax(x))
+        if self._statistic == "call_absmax":
+            largest = _largest(x)
+            return largest if static is None else torch.maximum(largest, static.float())
+        if arithmetic.rule == "torchao_nvfp4" and static is None:
+            return quotient(_largest(x), 448 * 6)
+        return None if arithmetic.rule == "nvfp4_token" else static
 
-    def _largest(self) -> Tensor:
-        low, high = torch.aminmax(self.x)
-        return torch.maximum(-low, high).float()
+    @property
+    def _is_static(self) -> bool:
+        """True where `given` is the same at every call."""
+        return not self.by_row and not self._statistic.startswith("call") and (
+            self._arithmetic.rule != "torchao_nvfp4" or self._static is not None)
 
-    def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.x.device)
+    def _given_dtype(self, x: Tensor) -> torch.dtype | Tensor | None:
+        """`given` as an argument of a launch."""
+        if self._is_static:
+            return self.given(x)
+        return x.dtype if self._statistic == "call_range" else torch.float32
 
-    def codes(self, fnuz: bool, packed: bool, values: torch.dtype | None, with_sums: bool) -> Quantized:
-        """The first face."""
-        dtype = values or (torch.int8 if self.element.is_integer else torch.uint8)
-        as_values = values is not None
-        width = self.columns // 2 if packed else self.columns
-        out = self._empty(self.rows, width, dtype=dtype)
-        if not self.in_groups:
-            scale = self._empty(self.rows, dtype=torch.float32)
-            shifted = self.arithmetic.is_shifted or self.zero_point is not None
-            zero = self._empty(self.rows, dtype=torch.int32) if shifted and not as_values else None
-            sums = self._empty(self.rows, dtype=torch.int32) if with_sums else None
-            self._launch_rows(out, scale, zero, sums, fnuz=fnuz, values=as_values)
-            return Quantized(out, scale, zero, sums=sums)
-        groups = self._groups()
-        scale = self._empty(groups, self.rows, dtype=torch.float32)
-        eight = bool(self.arithmetic.scale_codes)
-        scale_codes = self._empty(self.rows, groups, dtype=torch.uint8) if eight else None
-        outer = self._empty(self.rows, dtype=torch.float32) if self._has_outer() else None
-        self._launch_groups(out, scale, scale_codes, outer, fnuz=fnuz, packed=packed, values=as_values, own=False)
-        return Quantized(out, scale, None, scale_codes, outer)
+    @property
+    def has_zero_point(self) -> bool:
+        """True where codes carry a zero point that is stored beside them."""
+        return self._is_shifted and self._values is None and not self._in_groups
 
-    def values(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """The second face."""
-        out = self._empty(self.rows, self.columns, dtype=dtype)
-        if not self.in_groups:
-            scale = self._empty(self.rows, dtype=torch.float32)
-            self._launch_rows(out, scale, None, None, fnuz=False, values=True)
-            return out, scale
-        outer = self._empty(self.rows, dtype=torch.float32) if self._has_outer() else None
-        self._launch_groups(out, None, None, outer, fnuz=False, packed=False, values=True, own=True)
-        return out, outer
+    @property
+    def _is_shifted(self) -> bool:
+        return self._arithmetic.is_shifted or self._zero_point is not None
 
-    def _groups(self) -> int:
-        """Groups of a row as wide as the codes: those beyond K hold zeros."""
-        return -(-self.columns // self.spec.group_size)
-
-    def _has_outer(self) -> bool:
-        return self.arithmetic.scale_codes == "fp8_e4m3fn"
-
-    def _is_native(self, fnuz: bool, values: bool) -> bool:
+    def _is_native(self, arch: str) -> bool:
         """True where the chip's own conversion makes e4m3 codes: it rounds as the definition says."""
-        return self.spec.element == "fp8_e4m3fn" and not fnuz and not values and has_native_e4m3(self.arch)
+        return (self.spec.element == "fp8_e4m3fn" and not self._fnuz and self._values is None
+                and has_native_e4m3(arch))
 
-    def _launch_rows(
-        self, out: Tensor, scale: Tensor, zero: Tensor | None, sums: Tensor | None, *, fnuz: bool, values: bool
-    ) -> None:
-        if self.rows == 0:
-            return
-        columns = max(self.k, self.columns)
-        block, part, warps = row_launch(columns, self.rows, is_shared=sums is None)
-        jit.quantize_rows[(self.rows, -(-self.columns // part) if part else 1)](
-            self.x, out, scale, scale if zero is None else zero, scale if sums is None else sums,
-            self._or_x(self.given), self._or_x(self.zero_point), self.k, self.columns, self.x.stride(0),
-            **constants_of(self.spec), IS_SHIFTED=self.arithmetic.is_shifted or self.zero_point is not None,
-            FLOOR=self.arithmetic.floor, STATISTIC=self.statistic, HAS_GIVEN=self.given is not None,
-            HAS_ZERO=self.zero_point is not None, VALUES=values, FNUZ=fnuz, NATIVE=self._is_native(fnuz, values),
-            SUMS=sums is not None, WHOLE=columns <= block and not part, BK=block, PART=part, num_warps=warps,
-            **edges(self.k, self.columns, max(block, part)), LEADS=self.leads, FOLLOWS=FOLLOWS,
-            enable_fp_fusion=False, **({"launch_pdl": True} if FOLLOWS else {}),
-        )
 
-    def _launch_groups(
-        self, out: Tensor, scale: Tensor | None, scale_codes: Tensor | None, outer: Tensor | None, *, fnuz: bool,
-        packed: bool, values: bool, own: bool,
-    ) -> None:
-        if self.rows == 0:
-            return
-        size = self.spec.group_size
-        groups = self._groups()
-        padded, at_a_time, row, warps = group_launch(size, self.k if reads_row(self.spec) else 0, self.rows)
-        jit.quantize_groups[(self.rows, -(-groups // at_a_time))](
-            self.x, out, self._or_x(scale), self._or_x(scale_codes), self._or_x(outer), self._or_x(self.given),
-            self.rows, self.k, self.columns, groups, self.x.stride(0), self.given_stride, **constants_of(self.spec),
-            HAS_GIVEN=self.given is not None, ROW=row, SCALES=scale is not None, SCALE_CODES=scale_codes is not None,
-            OUTER=outer is not None, VALUES=values, OWN=own, PACKED=packed, FNUZ=fnuz,
-            NATIVE=self._is_native(fnuz, values), SIZE=size, GS=padded, BG=at_a_time, LEADS=self.leads, FOLLOWS=FOLLOWS,
-            **({"launch_pdl": True} if FOLLOWS else {}), **edges(self.k, self.columns, at_a_time * padded * (padded == size)), num_warps=warps, enable_fp_fusion=False,
-        )
+class QuantizerPlan:
+    """A Quantizer for rows of one shape: where in a scratch its results lie, and the launch.
 
-    def _or_x(self, tensor: Tensor | None) -> Tensor:
-        """A pointer for an argument that the specialization does not read."""
-        return self.x if tensor is None else tensor
+    pieces         name of a field of `Quantized` -> its part of the scratch
+    scratch_bytes  of all of them
+    """
+
+    def __init__(self, quantizer: Quantizer, x: Tensor, *, leads: bool) -> None:
+        """For x [M, K] and others of its shape, stride and dtype."""
+        self.pieces: dict[str, Piece] = {}
+        self.scratch_bytes = 0
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._quantizer = quantizer
+        self._is_static = quantizer._is_static
+        place = self._in_groups if quantizer._in_groups else self._in_rows
+        self._launch, self._grid = place(quantizer, x, leads)
+
+    def __call__(self, scratch: Tensor, x: Tensor, given: Tensor | None = None) -> None:
+        """Fill the pieces."""
+        if self._is_static:
+            self._launch(*self._grid, scratch, (x,))
+        else:
+            given = self._quantizer.given(x) if given is None else given
+            assert given is not None
+            self._launch(*self._grid, scratch, (x, given))
+
+    def quantized(self, scratch: Tensor) -> Quantized:
+        """The pieces as tensors."""
+        found = {name: scratch[piece.offset :].view(piece.dtype)[: prod(shape)].view(shape)
+                 for (name, piece), shape in zip(self.pieces.items(), self._shapes.values(), strict=True)}
+        return Quantized(**found)
+
+    def _place(self, name: str, dtype: torch.dtype, *shape: int) -> Piece:
+        piece = Piece(self.scratch_bytes, dtype)
+        self.pieces[name], self._shapes[name] = piece, shape
+        self.scratch_bytes += -(-prod(shape) * dtype.itemsize // ALIGNED) * ALIGNED
+        return piece
+
+    def _place_codes(self, quantizer: Quantizer, rows: int) -> Piece:
+        dtype = quantizer._values or (torch.int8 if quantizer._element.is_integer else torch.uint8)
+        width = quantizer.columns // 2 if quantizer._packed else quantizer.columns
+        return self._place("codes", dtype, rows, width)
+
+    def _in_rows(self, quantizer: Quantizer, x: Tensor, leads: bool) -> tuple[Launch, tuple[int, int]]:
+        (rows, k), spec = x.shape, quantizer.spec
+        out = self._place_codes(quantizer, rows)
+        scale = self._place("scale", torch.float32, rows)
+        zero = self._place("zero_point", torch.int32, rows) if quantizer.has_zero_point else None
+        sums = self._place("sums", torch.int32, rows) if quantizer._sums else None
+        columns = max(k, quantizer.columns)
+        block, part, warps = row_launch(columns, rows, is_shared=sums is None)
+        given = quantizer._given_dtype(x)
+        values = quantizer._values is not None
+        zero_point = quantizer._zero_point
+        # what a specialization does not read is given the place of the scales
+        made = Launch(
+            jit.quantize_rows,
+            [x.dtype, out, scale, zero or scale, sums or scale, scale if given is None else given,
+             scale if zero_point is None else zero_point, k, quantizer.columns, x.stride(0) if rows > 1 else k],
+            {**constants_of(spec), "IS_SHIFTED": quantizer._is_shifted, "FLOOR": quantizer._arithmetic.floor,
+             "STATISTIC": quantizer._statistic, "HAS_GIVEN": given is not None, "HAS_ZERO": zero_point is not None,
+             "VALUES": values, "FNUZ": quantizer._fnuz, "NATIVE": quantizer._is_native(arch_of(x.device)),
+             "SUMS": sums is not None, "WHOLE": columns <= block and not part, "BK": block, "PART": part,
+             **edges(k, quantizer.columns, max(block, part)), "LEADS": leads, "FOLLOWS": False},
+            x.device, num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+        return made, (rows, -(-quantizer.columns // part) if part else 1)
+
+    def _in_groups(self, quantizer: Quantizer, x: Tensor, leads: bool) -> tuple[Launch, tuple[int, int]]:
+        (rows, k), spec, arithmetic = x.shape, quantizer.spec, quantizer._arithmetic
+        groups = -(-quantizer.columns // spec.group_size)  # those beyond K hold zeros
+        own = quantizer._own
+        out = self._place_codes(quantizer, rows)
+        scale = None if own else self._place("scale", torch.float32, groups, rows)
+        codes = self._place("scale_codes", torch.uint8, rows, groups) if arithmetic.scale_codes and not own else None
+        outer = self._place("outer", torch.float32, rows) if arithmetic.scale_codes == "fp8_e4m3fn" else None
+        given = quantizer._given_dtype(x)
+        padded, at_a_time, row, warps = group_launch(spec.group_size, k if reads_row(spec) else 0, rows)
+        made = Launch(
+            jit.quantize_groups,
+            [x.dtype, out, scale or out, codes or out, outer or out, out if given is None else given, rows, k,
+             quantizer.columns, groups, x.stride(0) if rows > 1 else k, int(quantizer.by_row)],
+            {**constants_of(spec), "HAS_GIVEN": given is not None, "ROW": row, "SCALES": scale is not None,
+             "SCALE_CODES": codes is not None, "OUTER": outer is not None, "VALUES": quantizer._values is not None,
+             "OWN": own, "PACKED": quantizer._packed, "FNUZ": quantizer._fnuz,
+             "NATIVE": quantizer._is_native(arch_of(x.device)), "SIZE": spec.group_size, "GS": padded,
+             "BG": at_a_time, **edges(k, quantizer.columns, at_a_time * padded * (padded == spec.group_size)),
+             "LEADS": leads, "FOLLOWS": False},
+            x.device, num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+        return made, (rows, -(-groups // at_a_time))
+
+
+def _largest(x: Tensor) -> Tensor:
+    low, high = torch.aminmax(x)
+    return torch.maximum(-low, high).float()
 
 
 def _one(tensors: Mapping[str, Tensor], name: str, *, required: bool = False) -> Tensor | None:

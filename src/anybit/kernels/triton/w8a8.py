@@ -1,16 +1,16 @@
 """Products of 8 bit codes: the layouts "int8-rows" and "fp8-rows", and the operator that runs them.
 
 A weight is its codes, one a byte, [N, K] with K padded to 16 by code 0, and a float32 factor for each row or block, all
-scale levels combined in the order of the scheme. One operator, `anybit::w8a8`, quantizes x and multiplies; what it
-multiplies with (this file's Triton kernel, or torch's own) is the plan's choice, by name. Device code: `w8a8_jit.py`.
+scale levels combined in the order of the scheme. A call quantizes x and multiplies; what it multiplies with (our Triton
+kernel, or torch's own) is the plan's choice, by name. Device code: `w8a8_jit.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
-from typing import Final, cast
+from functools import partial
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from anybit.kernels.linear.torch_low_precision import INT_MM, SCALED_MM
 from anybit.kernels.linear.triton_w8a8 import FP8, FP8_EXACT, INT8
 from anybit.kernels.linear.triton_w8a8_tiles import (
     PAD,
+    Config,
     Operands,
     Product8,
     configure,
@@ -28,19 +29,20 @@ from anybit.kernels.linear.triton_w8a8_tiles import (
     operands,
     product_of,
 )
-from anybit.kernels.request import Regime
+from anybit.kernels.request import Kernels, Regime
 from anybit.kernels.triton import w8a8_jit as jit
 from anybit.kernels.triton.devices import arch_of
-from anybit.kernels.triton.quantizers import Quantized, quantize
+from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Described, Launch, Piece, Zeros, launch, remember
+from anybit.kernels.triton.opaque import Opaque
+from anybit.kernels.triton.quantizers import Quantized, Quantizer
 from anybit.kernels.triton.recipes import ARITHMETIC
 from anybit.numerics.codec import decode
 from anybit.platforms.archs import ARCHS
-from anybit.schemes import CHANNEL, ActivationSpec, ScaleLevel, Scheme
+from anybit.schemes import CHANNEL, ScaleLevel, Scheme
 from anybit.weights import Dense, QuantizedWeight, Weight
 
-__all__ = ["Rows8", "StoredRows8", "multiply"]
+__all__ = ["Rows8", "StoredRows8", "epilogue"]
 
-TILE_COUNTERS: Final = 1024  # of the split products, which have few tiles
 _ONE: Final = {"int8": 1, "fp8_e4m3fn": 0x38, "fp8_e4m3fnuz": 0x40, "fp8_e5m2": 0x3C}  # the code of 1.0
 _VIEW: Final = {
     "int8": torch.int8, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e4m3fnuz": torch.float8_e4m3fnuz,
@@ -49,19 +51,23 @@ _VIEW: Final = {
 _EPILOGUE_COLUMNS: Final = 1024
 _STATIC: Final = ("scale", "zero_point", "lower_bound")
 _ROWS_A_TIME: Final = 2**24  # weights looked at together while preparing: bounds the temporaries
+_LEADING_ROWS: Final = 64  # up to so many the product is launched while they are quantized
+
+Run = Callable[[Tensor, Tensor | None], Tensor]  # (x, bias) -> result
 
 
-class StoredRows8:
+class StoredRows8(Opaque):
     """A weight of 8 bit codes with what its product needs."""
 
     quantizes_input = True
 
     def __init__(self, weight: QuantizedWeight, kernels: Mapping[Regime, str], *, pinned: bool = False) -> None:
         """`weight` [N, K] of a scheme that `product_of` knows; `pinned` gives every M the same tiles."""
+        super().__init__()
         product = product_of(weight.scheme)
         assert product is not None and len(weight.shape) == 2
         self.shape = weight.shape
-        self._product, self._kernels, self._pinned = product, dict(kernels), pinned
+        self._product, self._kernels, self._pinned = product, Kernels.of(kernels), pinned
         self._weight = replace(weight, stored_codes=torch.empty(0), bias=None, pre_scale=None, activation={})
         self._static = {name: t for name, t in weight.activation.items() if name in _STATIC}
         _demand_numbers(self._static)
@@ -72,14 +78,13 @@ class StoredRows8:
         self._sums = _code_sums(self._codes, self._factor, product) if _is_shifted(product, self._static) else None
         if self._sums is not None and self._zeros is not None:
             self._sums -= self._zeros * self.shape[1]
-        self._counters = torch.zeros(TILE_COUNTERS, dtype=torch.int32, device=codes.device)
+        self._captured: list[Tensor] = []  # zeros that graphs count in
         self._is_flavoured = False
         self._dtypes = {name: t.dtype for name, t in self._parts().items()}
-        self._problem = _as_text(product, self.shape[1])
         self._adopt()
 
     def _parts(self) -> dict[str, Tensor]:
-        parts = {"codes": self._codes, "factor": self._factor, "counters": self._counters}
+        parts = {"codes": self._codes, "factor": self._factor}
         parts |= {f"scale_{i}": t for i, t in enumerate(self._weight.scales)}
         parts |= {f"static_{name}": t for name, t in self._static.items()}
         if self._sums is not None:
@@ -95,7 +100,7 @@ class StoredRows8:
     def bind(self, tensors: dict[str, Tensor]) -> None:
         """Take the (moved) buffers."""
         real = {name: tensors[name].view(dtype) for name, dtype in self._dtypes.items()}
-        self._codes, self._factor, self._counters = real["codes"], real["factor"], real["counters"]
+        self._codes, self._factor = real["codes"], real["factor"]
         self._sums, self._zeros = real.get("sums"), real.get("zeros")
         self._weight = replace(self._weight, scales=tuple(real[f"scale_{i}"] for i in range(len(self._weight.scales))))
         self._static = {name: real[f"static_{name}"] for name in self._static}
@@ -107,11 +112,13 @@ class StoredRows8:
         Codes of x will be halved as well, so the factor takes both powers of two. Converted codes keep their bits but
         for -0: read as e4m3fn they mean what they meant.
         """
+        self._calls: dict[Any, Run] = {}
+        self._quantizers: dict[str, Quantizer] = {}
         given = operands(self._product, arch_of(self._codes.device))
         if given is None or self._is_flavoured:
             return
         is_fn = self._product.element == "fp8_e4m3fn"
-        if given.kind == "float16" or FP8_EXACT.name in self._kernels.values() or (
+        if given.kind == "float16" or FP8_EXACT.name in self._kernels.used or (
                 given.kind == "fp8_e4m3fnuz" and is_fn):
             _demand_numbers_only(self._codes, self._product.element)
         if given.kind == "fp8_e4m3fnuz":
@@ -122,14 +129,99 @@ class StoredRows8:
 
     def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """Q(x) [M, K] times W^T, plus bias in float32: [M, N] in `out_dtype`."""
-        static = self._static
-        # outside a compiler the dispatcher would only cost time
-        run = torch.ops.anybit.w8a8.default if torch.compiler.is_compiling() else multiply
-        return cast("Tensor", run(
-            x, self._codes, self._factor, self._sums, self._zeros, self._counters,
-            static.get("scale"), static.get("zero_point"), static.get("lower_bound"), bias, self._problem,
-            self._kernels[regime], self._pinned, out_dtype,
-        ))
+        if torch.compiler.is_compiling():
+            return self._as_operator(x, regime, bias, self.shape[0], out_dtype)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        key = (x.shape, x.stride(), x.dtype, out_dtype, None if bias is None else bias.dtype)
+        call = self._calls.get(key)
+        if call is None:
+            call = remember(self._calls, key, self._prepared(x, self._kernels.at(x.shape[0]), bias, out_dtype))
+        return call(x, bias)
+
+    def _prepared(self, x: Tensor, kernel: str, bias: Tensor | None, out_dtype: torch.dtype) -> Run:
+        """How calls like this one are carried out."""
+        if 0 in (*x.shape, self.shape[0]):
+            return partial(_nothing, rows=self.shape[0], out_dtype=out_dtype)
+        if kernel == SCALED_MM.name and (bias is not None or out_dtype != torch.bfloat16):
+            kernel = FP8.name  # torch would round to bfloat16 before the bias
+        given = operands(self._product, _arch_or_generic(x.device), exact=kernel == FP8_EXACT.name)
+        assert given is not None
+        if kernel in (SCALED_MM.name, INT_MM.name):
+            return partial(self._by_torch, kernel=kernel, given=given, out_dtype=out_dtype)
+        return self._by_us(x, kernel, given, bias, out_dtype)
+
+    def _quantizer(self, given: Operands) -> Quantizer:
+        """What makes the operand of a kind of x."""
+        found = self._quantizers.get(given.kind)
+        if found is None:
+            found = self._quantizers[given.kind] = Quantizer(
+                self._product.activation, self._static, self._codes.shape[1], fnuz=given.kind == "fp8_e4m3fnuz",
+                values=torch.float16 if given.kind == "float16" else None, sums=self._product.w_shifted,
+            )
+        return found
+
+    def _by_torch(
+        self, x: Tensor, bias: Tensor | None, *, kernel: str, given: Operands, out_dtype: torch.dtype
+    ) -> Tensor:
+        from anybit.kernels.linear import torch_low_precision_run as provider
+
+        out = torch.empty((x.shape[0], self.shape[0]), dtype=out_dtype, device=x.device)
+        xq = self._quantizer(given)(x)
+        return provider.PRODUCTS[kernel](xq, self._codes, self._factor, self._sums, self._zeros, bias, out, given)
+
+    def _by_us(self, x: Tensor, kernel: str, given: Operands, bias: Tensor | None, out_dtype: torch.dtype) -> Call:
+        """The launches of our kernel for calls like this one."""
+        product, codes, factor = self._product, self._codes, self._factor
+        (m, n), k, device, arch = (x.shape[0], self.shape[0]), codes.shape[1], x.device, _arch_or_generic(x.device)
+        config = configure(n, k, None if self._pinned else m, arch, product, given)
+        # a few rows: the product is launched while they are quantized
+        leads = kernel in (FP8.name, INT8.name) and m <= _LEADING_ROWS and arch == "sm_90"
+        quantize = self._quantizer(given).plan(x, leads=leads)
+        pieces, size = quantize.pieces, quantize.scratch_bytes
+        is_split = config.split > 1
+        fused = is_split and ARCHS[arch].vendor == "nvidia"
+        tiles = -(-m // config.bm) * -(-n // config.bn)
+        by_row = not (product.x_group or product.w_group)
+        parts: Argument = factor  # what a specialization does not read is given the place of the factors
+        if is_split:
+            kept = torch.int32 if product.is_integer and by_row else torch.float32
+            parts = Piece(size, kept)
+            size += -(-config.split * m * n * kept.itemsize // ALIGNED) * ALIGNED
+        shifted = self._sums is not None and "zero_point" in pieces
+        offsets = [pieces["zero_point"] if shifted else factor, self._sums if shifted else factor,
+                   pieces.get("sums", factor), factor if self._zeros is None else self._zeros]
+        x_codes, w_codes = self._operands(pieces["codes"], m, config, given)
+        constants = constants_of(product, given, config, k, shifted=shifted, has_bias=bias is not None, fused=fused)
+        bias_dtype: Argument = factor if bias is None else bias.dtype
+        made = Launch(
+            jit.w8a8_matmul,
+            [x_codes, w_codes, pieces["scale"], factor, *offsets, bias_dtype, out_dtype, parts,
+             Zeros(tiles, self._captured) if fused else factor, int, n, k,
+             factor.shape[1] if product.w_group else 1, 1.0],
+            constants, device, num_warps=config.warps, num_stages=config.stages,
+            **({"launch_pdl": True} if config.waits else {}),
+        )  # fmt: skip
+        finish = None
+        if is_split and not fused:
+            finish = Launch(
+                jit.w8a8_epilogue, [parts, pieces["scale"], factor, *offsets, bias_dtype, out_dtype, int, n],
+                _ending(config.split, product, shifted, self._zeros is not None, bias is not None), device, num_warps=4,
+            )  # fmt: skip
+        return Call((m, n), out_dtype, device, size, quantize, made, (tiles, config.split), finish,
+                    (m, -(-n // _EPILOGUE_COLUMNS)))
+
+    def _operands(self, x: Piece, m: int, config: Config, given: Operands) -> tuple[Argument, Argument]:
+        """Codes of x and of W as the kernel takes them."""
+        k = self._codes.shape[1]
+        view = torch.uint8 if given.kind == "float16" else _VIEW[given.kind]
+        x = x if given.kind == "float16" else Piece(x.offset, view)
+        if not config.tma:
+            return x, self._codes.view(view)
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        w = TensorDescriptor.from_tensor(self._codes.view(view), [config.bn, config.bk])
+        return Described(x, (m, k), (config.bm, config.bk)), w
 
     def _canonical(self) -> QuantizedWeight:
         codes, offset = self._codes[:, : self.shape[1]], None
@@ -263,56 +355,13 @@ def _demand_numbers_only(codes: Tensor, element: str) -> None:
                           wanted="finite codes", remedy="download the file again")
 
 
-# --- the operator -----------------------------------------------------------------------------------------------------
+# --- calls ------------------------------------------------------------------------------------------------------------
 
 
-def _as_text(product: Product8, k: int) -> str:
-    """A product in one word, so that a compiled graph holds everything that a launch depends on."""
-    a = product.activation
-    words = (product.element, product.w_rows, product.w_group, k, a.element, int(a.dynamic), a.granularity, a.recipe,
-             a.group_size, int(a.symmetric), "" if a.bound is None else repr(a.bound), int(product.w_shifted))
-    return "|".join(str(word) for word in words)
-
-
-@cache
-def _from_text(text: str) -> tuple[Product8, int]:
-    element, rows, group, k, a_element, dynamic, granularity, recipe, size, symmetric, bound, shifted = \
-        text.split("|")
-    activation = ActivationSpec(a_element, dynamic == "1", granularity, recipe, int(size),  # type: ignore[arg-type]
-                                symmetric == "1", float(bound) if bound else None)
-    return Product8(element, activation, int(rows), int(group), shifted == "1"), int(k)
-
-
-def multiply(
-    x: Tensor, codes: Tensor, factor: Tensor, sums: Tensor | None, zeros: Tensor | None, counters: Tensor,
-    scale: Tensor | None, zero_point: Tensor | None, lower_bound: Tensor | None, bias: Tensor | None, problem: str,
-    kernel: str, pinned: bool, out_dtype: torch.dtype,
-) -> Tensor:
-    """Q(x) [M, K] times W^T plus bias: [M, N]; codes, factor, sums and zeros as StoredRows8 keeps them."""
-    product, k = _from_text(problem)
-    n = codes.shape[0]
-    out = torch.empty((x.shape[0], n), dtype=out_dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    if k == 0:
-        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
-    exact = kernel == FP8_EXACT.name
-    given = operands(product, _arch_or_generic(x.device), exact=exact)
-    assert given is not None
-    static = {name: t for name, t in (("scale", scale), ("zero_point", zero_point), ("lower_bound", lower_bound))
-              if t is not None}
-    # a few rows: the product is launched while they are quantized
-    leads = kernel in (FP8.name, INT8.name) and x.shape[0] <= 64 and _arch_or_generic(x.device) == "sm_90"
-    xq = quantize(x, product.activation, static, columns=codes.shape[1], fnuz=given.kind == "fp8_e4m3fnuz",
-                  values=torch.float16 if given.kind == "float16" else None, sums=product.w_shifted, leads=leads)
-    if kernel == SCALED_MM.name and (bias is not None or out_dtype != torch.bfloat16):
-        kernel = FP8.name  # torch would round to bfloat16 before the bias
-    if kernel in (SCALED_MM.name, INT_MM.name):
-        from anybit.kernels.linear import torch_low_precision_run as provider
-
-        return provider.PRODUCTS[kernel](xq, codes, factor, sums, zeros, bias, out, given)
-    _launch(product, given, xq, codes, factor, sums, zeros, counters, bias, out, pinned)
-    return out
+def _nothing(x: Tensor, bias: Tensor | None, *, rows: int, out_dtype: torch.dtype) -> Tensor:
+    """The product where a dimension is 0."""
+    out = torch.zeros((x.shape[0], rows), dtype=out_dtype, device=x.device)
+    return out if bias is None else out.copy_(bias.expand_as(out))
 
 
 def _arch_or_generic(device: torch.device) -> str:
@@ -321,68 +370,27 @@ def _arch_or_generic(device: torch.device) -> str:
     return "sm_80" if arch == "cpu" else arch
 
 
-def _launch(
-    product: Product8, given: Operands, xq: Quantized, codes: Tensor, factor: Tensor, sums: Tensor | None,
-    zeros: Tensor | None, counters: Tensor, bias: Tensor | None, out: Tensor, pinned: bool,
-) -> None:
-    (m, n), k = out.shape, codes.shape[1]
-    arch = _arch_or_generic(out.device)
-    config = configure(n, k, None if pinned else m, arch, product, given)
-    tiles = -(-m // config.bm) * -(-n // config.bn)
-    fused = ARCHS[arch].vendor == "nvidia" and tiles <= counters.numel()
-    by_row = not (product.x_group or product.w_group)
-    parts = out
-    if config.split > 1:
-        kept = torch.int32 if product.is_integer and by_row else torch.float32
-        parts = torch.empty((config.split, m, n), dtype=kept, device=out.device)
-    shifted = sums is not None and xq.zero_point is not None
-    cs = sums if sums is not None else factor
-    zx = xq.zero_point if xq.zero_point is not None else xq.scale
-    view = torch.uint8 if given.kind == "float16" else _VIEW[given.kind]
-    x, w = xq.codes if given.kind == "float16" else xq.codes.view(view), codes.view(view)
-    if config.tma:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        x = TensorDescriptor.from_tensor(x, [config.bm, config.bk])
-        w = TensorDescriptor.from_tensor(w, [config.bn, config.bk])
-    groups = factor.shape[1] if product.w_group else 1
-    constants = constants_of(product, given, config, k, shifted=shifted, has_bias=bias is not None, fused=fused)
-    jit.w8a8_matmul[(tiles, config.split)](
-        x, w, xq.scale, factor, zx, cs, xq.scale if xq.sums is None else xq.sums, factor if zeros is None else zeros,
-        out if bias is None else bias, out, parts, counters, m, n, k, groups, 1.0, **constants,
-        num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if config.waits else {}),
-    )
-    if config.split > 1 and not fused:
-        epilogue(parts, config.split, product, xq, factor, sums if shifted else None, zeros, bias, out)
+def _ending(count: int, product: Product8 | None, shifted: bool, w_shifted: bool, has_bias: bool) -> dict[str, object]:
+    """Compile-time arguments of `w8a8_epilogue`."""
+    return {
+        "PARTS": count, "IS_SHIFTED": shifted, "W_SHIFTED": w_shifted,
+        "X_IN_BLOCKS": bool(product and product.x_group), "W_IN_BLOCKS": bool(product and product.w_group),
+        "HAS_BIAS": has_bias, "BN": _EPILOGUE_COLUMNS,
+    }
 
 
 def epilogue(
-    parts: Tensor, count: int, product: Product8 | None, xq: Quantized, factor: Tensor, sums: Tensor | None,
-    zeros: Tensor | None, bias: Tensor | None, out: Tensor,
+    parts: Tensor, xq: Quantized, factor: Tensor, sums: Tensor | None, zeros: Tensor | None, bias: Tensor | None,
+    out: Tensor,
 ) -> None:
-    """out [M, N] from partial sums [count, M, N], in true scales and with bias; no product: scales by row."""
+    """out [M, N] from sums of codes [M, N], in true scales by row and with bias."""
     m, n = out.shape
-    jit.w8a8_epilogue[(m, -(-n // _EPILOGUE_COLUMNS))](
-        parts, xq.scale, factor, xq.scale if sums is None else xq.zero_point, factor if sums is None else sums,
-        xq.scale if xq.sums is None else xq.sums, factor if zeros is None else zeros,
-        out if bias is None else bias, out, m, n, PARTS=count, IS_SHIFTED=sums is not None,
-        W_SHIFTED=zeros is not None,
-        X_IN_BLOCKS=bool(product and product.x_group), W_IN_BLOCKS=bool(product and product.w_group),
-        HAS_BIAS=bias is not None, BN=_EPILOGUE_COLUMNS, num_warps=4,
-    )
-
-
-_LIBRARY: Final = torch.library.Library("anybit", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(  # type: ignore[no-untyped-call]
-    "w8a8(Tensor x, Tensor codes, Tensor factor, Tensor? sums, Tensor? zeros, Tensor counters, Tensor? scale, "
-    "Tensor? zero_point, Tensor? lower_bound, Tensor? bias, str problem, str kernel, bool pinned, "
-    "ScalarType out_dtype) -> Tensor"
-)
-_LIBRARY.impl("w8a8", multiply, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-
-
-def _shape_only(x: Tensor, codes: Tensor, *rest: object) -> Tensor:
-    return x.new_empty((x.shape[0], codes.shape[0]), dtype=cast("torch.dtype", rest[-1]))
-
-
-torch.library.register_fake("anybit::w8a8", _shape_only, lib=_LIBRARY)
+    scale = xq.scale
+    assert scale is not None and (sums is None or xq.zero_point is not None)
+    launch(
+        jit.w8a8_epilogue, (m, -(-n // _EPILOGUE_COLUMNS)),
+        [parts, scale, factor, scale if sums is None else xq.zero_point, factor if sums is None else sums,
+         scale if xq.sums is None else xq.sums, factor if zeros is None else zeros, out if bias is None else bias, out,
+         m, n],
+        out.device, **_ending(1, None, sums is not None, zeros is not None, bias is not None), num_warps=4,
+    )  # fmt: skip
