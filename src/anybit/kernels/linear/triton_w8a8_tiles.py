@@ -13,8 +13,8 @@ from functools import lru_cache
 from typing import Final
 
 from anybit.kernels.compiling import CompileCase
+from anybit.kernels.linear.quantizer_cases import quantizer_cases
 from anybit.kernels.linear.triton_endings import epilogue_case
-from anybit.kernels.triton import recipes
 from anybit.kernels.triton.recipes import ARITHMETIC
 from anybit.platforms.archs import ARCHS
 from anybit.schemes import ActivationSpec, Scheme
@@ -316,8 +316,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
                     cases.append(_case(name, f"{label} M={m} {place}", arch, product, given, config, k))
                 made.add(seen)
     for name, integer in ((INT8_NAME, True), (FP8_NAME, False)):
-        specs = {label: product.activation for label, product in _CASES if product.is_integer == integer}
-        cases += recipes.compile_cases(name, arch, specs)
+        cases += quantizer_cases(name, arch, integer=integer)
         cases.append(epilogue_case(name, arch, integer=integer))
     return cases
 

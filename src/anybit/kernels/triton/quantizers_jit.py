@@ -77,7 +77,7 @@ def encode_float(v, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr, MAXIMUM: tl.
 
 @triton.jit
 def round_float(v, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr, MAXIMUM: tl.constexpr):
-    """Value (float32) of the nearest small float, saturating; NaN stays NaN. The value of encode_float without its code.
+    """Value (float32) of the nearest small float, saturating, as encode_float gives it with its code; NaN stays NaN.
 
     1.5 * 2^(E + 23 - MANTISSA) added and taken away rounds to multiples of 2^(E - MANTISSA).
     """
@@ -297,10 +297,7 @@ def corrected_quotient(x, y, r):
 @triton.jit
 def read_row(row, column, K, EVEN: tl.constexpr):
     """Values of a row as float32, zeros beyond K."""
-    if EVEN:
-        x = tl.load(row + column)
-    else:
-        x = tl.load(row + column, mask=column < K, other=0.0)
+    x = tl.load(row + column) if EVEN else tl.load(row + column, mask=column < K, other=0.0)
     return x.to(tl.float32)
 
 

@@ -18,7 +18,7 @@ from anybit.numerics.formats import number_format
 from anybit.platforms.archs import ARCHS
 
 __all__ = [
-    "ARITHMETIC", "Arithmetic", "Element", "Spec", "can_fake_quantize", "can_quantize", "compile_cases",
+    "ARITHMETIC", "Arithmetic", "Element", "Spec", "can_fake_quantize", "can_quantize", "compile_case",
     "constants_of", "edges", "element_of", "group_launch", "has_native_e4m3", "reads_row", "row_launch", "statistic_of",
 ]
 
@@ -260,14 +260,10 @@ def has_native_e4m3(arch: str) -> bool:
     return facts is not None and facts.vendor == "nvidia" and facts.fp8 == "fn"
 
 
-def compile_cases(kernel: str, arch: str, specs: Mapping[str, Spec], k: int = 4096) -> list[CompileCase]:
-    """Codes and values of bfloat16 rows of k columns by each of the named specs, as `quantizers.py` launches them."""
-    return [_case(kernel, arch, f"quantizer {name}{' as values' if values else ''}", spec, k, values=values)
-            for name, spec in specs.items()
-            for values in ((False, True) if can_fake_quantize(spec) is None else (False,))]
-
-
-def _case(kernel: str, arch: str, label: str, spec: Spec, k: int, *, values: bool) -> CompileCase:
+def compile_case(
+    kernel: str, arch: str, label: str, spec: Spec, *, values: bool = False, k: int = 4096
+) -> CompileCase:
+    """Codes, or values, of bfloat16 rows of k columns by a recipe, as `quantizers.py` launches it for `kernel`."""
     arithmetic = ARITHMETIC[spec.recipe]
     codes = "*bf16" if values else "*i8" if element_of(spec.element).is_integer else "*u8"
     native = spec.element == "fp8_e4m3fn" and not values and has_native_e4m3(arch)
@@ -290,6 +286,7 @@ def _case(kernel: str, arch: str, label: str, spec: Spec, k: int, *, values: boo
              "given_stride": "i32"}
     constants = {**shared, "ROW": row, "SCALES": not values, "SCALE_CODES": bool(arithmetic.scale_codes) and not values,
                  "OUTER": has_outer, "OWN": values, "PACKED": False, "SIZE": spec.group_size, "GS": padded,
-                 "BG": at_a_time, **edges(k, k, at_a_time * padded * (padded == spec.group_size)), "LEADS": arch == "sm_90", "FOLLOWS": False}
+                 "BG": at_a_time, **edges(k, k, at_a_time * padded * (padded == spec.group_size)),
+                 "LEADS": arch == "sm_90", "FOLLOWS": False}
     return CompileCase(kernel, "anybit.kernels.triton.quantizers_jit:quantize_groups", arch, label, types, constants,
                        divisible=("K", "KP", "stride"), num_warps=warps, options={"enable_fp_fusion": False})
