@@ -7,11 +7,15 @@ import json
 import planes_interpreted  # chooses the interpreter before kernels are imported
 import torch
 
+from anybit.checkpoints.online import quantizer
 from anybit.kernels.linear.triton_planes import _SAMPLES
-from anybit.kernels.trials import sample_weight
-from anybit.kernels.triton import experts, planes
-from anybit.kernels.triton.experts import Segments, stack_of
+from anybit.kernels.trials import compare, sample_weight
+from anybit.kernels.triton import experts_planes, planes
+from anybit.kernels.triton.experts import stack_of
 from anybit.kernels.triton.planes import TritonPlanes
+from anybit.kernels.triton.segments import Segments
+from anybit.kernels.triton.w8a8 import Rows8
+from anybit.schemes import Layer, dense
 
 EXPERTS = 3
 # by pair, 3 standing for an expert elsewhere; the last has more rows of one expert than a segment holds
@@ -47,14 +51,34 @@ def errors(name: str, route: str) -> dict[str, object]:
     return {"error": worst, "columns": columns, "zero": zero, "same": same}
 
 
+def eight_bit(name: str, route: str) -> dict[str, object]:
+    """The same of 8 bit codes and quantized rows; the error in the bound of trials.py."""
+    index = torch.tensor(ROUTES[route], dtype=torch.int64)
+    scheme = quantizer(name).scheme_of(Layer("l", "linear", (72, 256), dense("bfloat16")))
+    weights = [sample_weight(scheme, (72, 256), seed=seed) for seed in range(EXPERTS)]
+    plan = {"decode": "triton-w8a8-fp8", "prefill": "triton-w8a8-fp8"}
+    stored = [Rows8().prepare(w, torch.float32, plan) for w in weights]
+    found = stack_of(stored, [None] * EXPERTS)
+    assert found is not None
+    x = torch.randn(len(index), 256, generator=torch.Generator().manual_seed(11))
+    segments = Segments.of(index, EXPERTS)
+    y = segments.back(found[0](x if segments.order is None else x[segments.order], segments))
+    shares = [compare(weights[e], lambda _, e=e: y[index == e], x[index == e]).worst for e in set(index.tolist()) - {3}]
+    same = all(torch.equal(s.dequantize(), w.dequantize()) for s, w in zip(stored, weights, strict=True))
+    return {"share": max(shares, default=0.0), "zero": not bool(y[index == EXPERTS].any()), "same": same}
+
+
 def main() -> None:
     """Some forms, all routes."""
-    planes.arch_of = experts.arch_of = lambda device: "gfx942"  # the portable twin
+    planes.arch_of = experts_planes.arch_of = lambda device: "gfx942"  # the portable twin
     torch.set_num_threads(1)
     planes_interpreted.mend_bfloat16()
     for name in ("int4 g128", "uint4 g128 zp", "mxfp4", "q4_k", "int3 g128"):
         for route in ROUTES:
             print("ROW " + json.dumps({"name": name, "route": route, **errors(name, route)}), flush=True)
+    for name in ("fp8_per_channel", "fp8_per_block", "int8_per_channel", "int8_asym"):
+        for route in ROUTES:
+            print("EIGHT " + json.dumps({"name": name, "route": route, **eight_bit(name, route)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import gc
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -18,9 +20,10 @@ from anybit.kernels.product import product_of
 from anybit.kernels.request import Request, regime_of
 from anybit.kernels.trials import sample_weight
 from anybit.kernels.triton import launching, zeros
-from anybit.kernels.triton.launching import Call, Launch, Piece
+from anybit.kernels.triton.launching import Call, Launch, Piece, stream_of
+from anybit.kernels.triton.straight import straight
 from anybit.planning.choose import Choice, choose
-from anybit.platforms import detect
+from anybit.platforms import Platform, detect
 from anybit.schemes import Layer, dense
 
 CPU = torch.device("cpu")
@@ -52,9 +55,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     now = SimpleNamespace(stream=7, capturing=False, hooks=SimpleNamespace(calls=[]))
     runtime = SimpleNamespace(launch_enter_hook=now.hooks, launch_exit_hook=SimpleNamespace(calls=[]))
     monkeypatch.setattr(launching, "_LAUNCHED", ("cpu",))
-    monkeypatch.setattr(launching, "_current_device", lambda: None)
     monkeypatch.setattr(launching, "_current_stream", lambda index: now.stream)
-    monkeypatch.setattr(launching, "_may_pass", lambda: True)
     monkeypatch.setattr(launching, "_hooks", lambda: (runtime, runtime.launch_enter_hook, runtime.launch_exit_hook))
     monkeypatch.setattr(zeros, "_is_capturing", lambda: now.capturing)
     monkeypatch.setattr(zeros._Zeros, "_cleared", lambda self, count: torch.zeros(count, dtype=torch.int32))
@@ -82,7 +83,7 @@ def test_the_first_launch_goes_through_triton_and_the_others_past_it(device: Sim
     launch, weight = launch_of(kernel)
     for m in (3, 5):
         x, out, scratch = torch.zeros(m, 48), torch.zeros(m, 16, dtype=torch.bfloat16), torch.zeros(512, dtype=torch.uint8)
-        launch(4, 2, scratch, (x, out, m))
+        launch(4, 2, stream_of(0), scratch, (x, out), m)
     (grid, arguments, named), = kernel.by_triton
     assert grid == (4, 2) and named == {"BLOCK": 32, "num_warps": 2}
     assert [type(a) for a in arguments] == [torch.Tensor] * 4 + [int] * 2
@@ -97,14 +98,14 @@ def test_what_does_not_fit_goes_through_triton(device: SimpleNamespace, odd: str
     kernel = Kernel(*NAMES)
     launch, _ = launch_of(kernel)
     x, out, scratch = torch.zeros(3, 48), torch.zeros(3, 16, dtype=torch.bfloat16), torch.zeros(512, dtype=torch.uint8)
-    launch(4, 2, scratch, (x, out, 3))
+    launch(4, 2, stream_of(0), scratch, (x, out), 3)
     if odd.startswith("x begins"):
         x = torch.zeros(200)[1:145].view(3, 48)
     elif odd.startswith("x has"):
         x = x.half()
     else:
         device.hooks.calls.append(print)
-    launch(4, 2, scratch, (x, out, 3))
+    launch(4, 2, stream_of(0), scratch, (x, out), 3)
     assert len(kernel.by_triton) == 2 and kernel.past == []
     assert kernel.by_triton[1][1][0] is x
 
@@ -118,17 +119,62 @@ def test_nothing_is_remembered_of_a_first_launch_that_later_ones_may_differ_from
     out, scratch = torch.zeros(3, 16, dtype=torch.bfloat16), torch.zeros(512, dtype=torch.uint8)
     x = torch.zeros(200)[1:145].view(3, 48) if odd.startswith("an unaligned") else torch.zeros(3, 48)
     if odd.startswith("a version"):
-        monkeypatch.setattr(launching, "_may_pass", lambda: False)
+        monkeypatch.setattr(launching, "_hooks", lambda: None)
     if odd.startswith("a hook"):
         kernel.pre_run_hooks.append(print)
     for _ in range(2):
-        launch(4, 2, scratch, (x, out, 3))
+        launch(4, 2, stream_of(0), scratch, (x, out), 3)
     assert len(kernel.by_triton) == 2 and kernel.past == []
+
+
+def test_a_version_that_nobody_has_read_has_no_stream_to_launch_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(launching, "_current_stream", lambda index: 7)
+    for found, wanted in (((3, 6), 7), ((3, 4), None), ((4, 0), None)):
+        monkeypatch.setattr(launching, "version", lambda found=found: found)
+        launching._hooks.cache_clear()
+        assert stream_of(0) == wanted and stream_of(None) is None
+    launching._hooks.cache_clear()
+
+
+class CudaLauncher:
+    """As Triton 3.5 and 3.6 have it."""
+
+    global_scratch_size, profile_scratch_size, launch_cooperative_grid, launch_pdl = 0, 0, False, True
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[object, ...]] = []
+
+    def launch(self, *arguments: object) -> None:
+        self.seen.append(arguments)
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: int, *arguments: object) -> None:
+        self.launch(x, y, z, stream, function, self.launch_cooperative_grid, self.launch_pdl, None, None, *arguments)
+
+
+@pytest.mark.parametrize("version", [(3, 6), (3, 7)])
+@pytest.mark.parametrize("allocates", [False, True])
+def test_the_function_behind_the_launcher_is_given_what_the_launcher_gives_it(
+    monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], allocates: bool
+) -> None:
+    monkeypatch.setattr("anybit.kernels.triton.straight.version", lambda: version)
+    launcher = CudaLauncher()
+    launcher.global_scratch_size = 64 if allocates else 0
+    found = SimpleNamespace(run=launcher, function=11, packed_metadata=(4, 1, 0), metadata=SimpleNamespace())
+    made = straight(found, [100, None, 7], {})
+    assert made is not None and made.describes == {}
+    assert (made.run is launcher) is (allocates or version == (3, 7))
+    arguments = made.arguments.copy()
+    arguments[:4] = [5, 6, 1, 9]
+    arguments[made.places[1]] = 200
+    made.run(*arguments)
+    launcher(5, 6, 1, 9, 11, (4, 1, 0), None, None, None, 100, 200, 7)
+    assert launcher.seen[0] == launcher.seen[1]
 
 
 def test_a_call_keeps_nothing_that_it_allocated(device: SimpleNamespace) -> None:
     kernel = Kernel("x", "parts", "out", "M")
-    call = Call((3, 16), torch.bfloat16, CPU, 256, None,
+    call = Call((3, 16), torch.bfloat16, CPU, 3, 256, None,
                 Launch(kernel, [torch.float32, Piece(0, torch.float32), torch.bfloat16, int], {}, CPU), (1, 1))
     for _ in range(2):
         out = call(torch.zeros(3, 48), None)
@@ -137,6 +183,32 @@ def test_a_call_keeps_nothing_that_it_allocated(device: SimpleNamespace) -> None
         del out, given
         gc.collect()
         assert [ref() for ref in seen] == [None] * len(seen)
+
+
+def test_a_call_goes_to_the_device_of_its_tensors(device: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    current, asked = [1], []
+
+    @contextmanager
+    def on_device(wanted: torch.device) -> Iterator[None]:
+        asked.append(wanted)
+        before, current[0] = current[0], wanted.index
+        yield
+        current[0] = before
+
+    def stream(index: int) -> int:
+        assert current[0] == index
+        return 7
+
+    monkeypatch.setattr(launching, "_current_device", lambda: current[0])
+    monkeypatch.setattr(launching, "on_device", on_device)
+    monkeypatch.setattr(launching, "_current_stream", stream)
+    kernel, own = Kernel("x", "out", "M"), torch.device("cpu", 0)
+    call = Call((3, 16), torch.bfloat16, own, 3, 0, None, Launch(kernel, [torch.float32, torch.bfloat16, int], {}, own),
+                (1, 1))
+    for times, first in ((1, 1), (2, 1), (2, 0)):
+        current[0] = first
+        call(torch.zeros(3, 48), None)
+        assert asked == [own] * times and current[0] == first
 
 
 def counted(device: SimpleNamespace, kept: list[torch.Tensor], count: int = 100) -> torch.Tensor:
@@ -198,10 +270,15 @@ def test_before_any_call_a_graph_clears_zeros_of_its_own(device: SimpleNamespace
 # --- on a GPU -----------------------------------------------------------------------------------------------------------
 
 
+@cache
+def this_gpu() -> Platform:
+    return detect("cuda")
+
+
 def layer_of(name: str, n: int, k: int, device: str = "cuda", *, bias: bool = False) -> AnybitLinear:
     plain = dense("bfloat16")
     scheme = plain if name == "none" else quantizer(name).scheme_of(Layer("layer", "linear", (n, k), plain))
-    choice = choose(Request("linear", scheme, (n, k), "bfloat16"), detect("cuda"))
+    choice = choose(Request("linear", scheme, (n, k), "bfloat16"), this_gpu())
     assert isinstance(choice, Choice)
     weight = sample_weight(scheme, (n, k), device=device)
     stored = implementation(choice.spec).prepare(weight, torch.bfloat16, choice.names)
@@ -233,15 +310,17 @@ def test_past_the_launcher_the_bits_are_those_of_tritons_launch(name: str, m: in
     k = layer.in_features
     wide = torch.randn(m, k + 24, device="cuda", dtype=torch.bfloat16)
     inputs = {"contiguous": wide[:, :k].contiguous(), "rows apart": wide[:, 8 : k + 8], "unaligned": wide[:, 3 : k + 3],
-              "columns apart": wide.T.contiguous().T[:, :k]}
+              "columns apart": wide.T.contiguous().T[:, :k], "of three dimensions": wide[None, :, :k].contiguous(),
+              "of three dimensions, rows apart": wide[None, :, 8 : k + 8]}
     launches: list[object] = []
     with torch.inference_mode():
         for form, x in inputs.items():
             layer.product(x)
-            straight = layer.product(x)  # the second call goes past the launcher
+            past = layer.product(x)  # the second call goes past the launcher
             poison = torch.full((m, 328), float("nan"), device="cuda", dtype=torch.bfloat16)
             del poison
-            assert torch.equal(straight, through_triton(lambda x=x: layer.product(x), launches)), form
+            assert torch.equal(past, through_triton(lambda x=x: layer.product(x), launches)), form
+            assert past.shape == (*x.shape[:-1], 328)
     assert launches or (name == "none" and m > 8)
 
 

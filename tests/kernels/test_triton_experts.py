@@ -18,11 +18,13 @@ from anybit.hosts.modules import AnybitExperts, AnybitLinear
 from anybit.kernels.catalogue import implementation, kernel
 from anybit.kernels.product import product_of
 from anybit.kernels.trials import sample_weight
-from anybit.kernels.triton.experts import Segments
+from anybit.kernels.triton.segments import Segments
 from anybit.schemes import Layer, dense
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+EIGHT = {"fp8": "triton-w8a8-fp8", "int": "triton-w8a8-int8"}
+NAMES = ["int4_g128", "mxfp4_a16", "nvfp4_a16", "nvfp4", "fp8_per_channel", "fp8_per_block", "int8_per_channel", "int8_asym"]
 
 
 # --- segments ---------------------------------------------------------------------------------------------------------
@@ -54,6 +56,19 @@ def test_rows_go_back_to_the_places_of_their_pairs() -> None:
     assert torch.equal(found.back(index[found.order][:, None]), index[:, None])
 
 
+def test_the_scales_of_a_segment_lie_together() -> None:
+    index = torch.randint(0, 5, (300,), generator=torch.Generator().manual_seed(2))  # 4: elsewhere
+    found = Segments.of(index, 4)
+    assert found.counts is not None
+    values = torch.arange(7 * 300).view(7, 300)
+    together = found.together(values)
+    assert torch.equal(together.sort().values, values.view(-1))
+    for expert, first, length in zip(found.expert.tolist(), found.first.tolist(), found.length.tolist(), strict=True):
+        if expert >= 0:
+            part = together[7 * first : 7 * (first + length)].view(7, length)
+            assert torch.equal(part, values[:, first : first + length])
+
+
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 
@@ -71,6 +86,9 @@ def test_interpreted_experts_multiply_their_rows_within_the_bound() -> None:
     for row in rows:
         assert row["error"] <= 2 * (row["columns"] + 2), row
         assert row["zero"] and row["same"], row
+    rows = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("EIGHT ")]
+    assert len(rows) == 16, done.stderr[-2000:]
+    assert [row for row in rows if not (row["share"] <= 1 and row["zero"] and row["same"])] == []
 
 
 class _Gating(nn.Module):
@@ -85,14 +103,15 @@ def _experts(name: str, count: int, hidden: int, inner: int) -> AnybitExperts:
         scheme = quantizer(name).scheme_of(Layer("l", "linear", shape, dense("bfloat16")))
         assert scheme is not None
         weights = [sample_weight(scheme, shape, seed=17 * i + len(role), device="cuda") for i in range(count)]
-        prepare = implementation(kernel("triton-fused")).prepare
-        plan = {"decode": "triton-matvec", "small": "triton-fused", "prefill": "triton-fused"}
+        few, more = ("triton-matvec", "triton-fused") if "4" in name else (EIGHT[name[:3]],) * 2
+        prepare = implementation(kernel(more)).prepare
+        plan = {"decode": few, "small": more, "prefill": more}
         made[role] = [AnybitLinear(product_of(w, prepare(w, torch.bfloat16, plan), "cuda")) for w in weights]
     return AnybitExperts(_Gating(), count, made)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("name", ["int4_g128", "mxfp4_a16", "nvfp4_a16", "nvfp4"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tokens", [1, 3, 40, 200])
 def test_all_experts_at_once_give_what_one_after_another_gives(name: str, tokens: int) -> None:
     experts = _experts(name, 6, 256, 384)
@@ -110,9 +129,10 @@ def test_all_experts_at_once_give_what_one_after_another_gives(name: str, tokens
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tokens", [1, 24])
-def test_a_captured_step_follows_the_router(tokens: int) -> None:
-    experts = _experts("int4_g128", 6, 256, 384)
+def test_a_captured_step_follows_the_router(tokens: int, name: str) -> None:
+    experts = _experts(name, 6, 256, 384)
     made = torch.Generator("cuda").manual_seed(3)
     x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16, generator=made)
     weights = torch.rand(tokens, 2, device="cuda", generator=made, dtype=torch.bfloat16)

@@ -21,7 +21,7 @@ from anybit.kernels.product import Product
 from anybit.kernels.request import REGIMES
 
 if TYPE_CHECKING:
-    from anybit.kernels.triton.experts import ExpertStack
+    from anybit.kernels.triton.experts import Stack
 
 _ROWS_OF_ONE: Final = 192  # rows of an expert from which on decoding its weights once and torch's product are faster
 _PRODUCTS: weakref.WeakValueDictionary[int, _Bound] = weakref.WeakValueDictionary()
@@ -205,7 +205,7 @@ class AnybitExperts(nn.Module):
 
     # --- all experts of a projection as one launch, on a GPU ---
 
-    def _stacked(self) -> dict[str, ExpertStack]:
+    def _stacked(self) -> dict[str, Stack]:
         """The projections as stacks; empty where a projection's experts are not alike or lie in another layout."""
         found = {name: _stack(products) for name, products in self._projections.items()}
         return {name: stack for name, stack in found.items() if stack is not None} if all(found.values()) else {}
@@ -223,7 +223,7 @@ class AnybitExperts(nn.Module):
         return index.numel() < _ROWS_OF_ONE * self.num_experts or torch.cuda.is_current_stream_capturing()
 
     def _at_once(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        from anybit.kernels.triton.experts import Segments
+        from anybit.kernels.triton.segments import Segments
 
         segments = Segments.of(index, self.num_experts)
         chosen = index.shape[-1]
@@ -258,7 +258,7 @@ class AnybitExperts(nn.Module):
         return cast("Tensor", cast("Any", self.host).act_fn(gate)) * up
 
 
-def _stack(products: list[AnybitLinear]) -> ExpertStack | None:
+def _stack(products: list[AnybitLinear]) -> Stack | None:
     """The experts' weights behind each other, and the modules' buffers as parts of them; None where they are not alike.
 
     Only products on a GPU that do nothing which an expert's number does not decide.

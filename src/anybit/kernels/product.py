@@ -44,17 +44,21 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [.., K] in a float dtype -> [.., N] in the same dtype."""
-        is_flat = x.dim() == 2
-        rows = x if is_flat else x.reshape(-1, x.shape[-1])
+        stored, scheme = self.stored, self.scheme
+        quantizes = scheme.activation is not None and not stored.quantizes_input
+        if not quantizes and self.pre_scale is None and scheme.output is None and x.shape[-1] and getattr(
+                stored, "takes_any_shape", False):
+            return stored.linear(x, regime_of(x.numel() // x.shape[-1]), self.bias, x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
         tokens = rows.shape[0]
         if self.pre_scale is not None:
             rows = rows.float() * self.pre_scale
-        if self.scheme.activation is not None and not self.stored.quantizes_input:
-            rows = quantize_dequantize(rows.float(), self.scheme.activation, self.activation)
-        y = self.stored.linear(rows, regime_of(tokens), self.bias, x.dtype)
-        if self.scheme.output is not None:
-            y = quantize_dequantize(y.float(), self.scheme.output, self.activation).to(x.dtype)
-        return y if is_flat else y.reshape(*x.shape[:-1], y.shape[-1])
+        if scheme.activation is not None and quantizes:
+            rows = quantize_dequantize(rows.float(), scheme.activation, self.activation)
+        y = stored.linear(rows, regime_of(tokens), self.bias, x.dtype)
+        if scheme.output is not None:
+            y = quantize_dequantize(y.float(), scheme.output, self.activation).to(x.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """Gradient of the input [.., K] for that of the output [.., N]: straight through the roundings."""

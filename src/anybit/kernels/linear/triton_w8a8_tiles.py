@@ -15,14 +15,15 @@ from typing import Final
 from anybit.kernels.compiling import CompileCase
 from anybit.kernels.linear.quantizer_cases import quantizer_cases
 from anybit.kernels.linear.triton_endings import epilogue_case
+from anybit.kernels.linear.triton_experts import experts8_case
 from anybit.kernels.triton.recipes import ARITHMETIC
 from anybit.platforms.archs import ARCHS
 from anybit.schemes import ActivationSpec, Scheme
 
 __all__ = [
     "FP8_EXACT_NAME", "FP8_NAME", "INT8_NAME", "PAD", "UNITS", "Config", "Operands", "Product8", "column_block",
-    "compile_cases", "configure", "constants_of", "expected_instruction", "has_zero_points", "is_shifted", "operands",
-    "product_of",
+    "compile_cases", "configure", "constants_of", "expected_instruction", "has_zero_points", "is_shifted",
+    "of_experts", "operands", "product_of",
 ]
 
 INT8_NAME: Final = "triton-w8a8-int8"
@@ -83,7 +84,6 @@ class Config:
     split   programs that share K
     swap, tma, band   as in w8a8_matmul
     waits   launched while x is quantized, and waits for that itself
-    ahead   codes of each row of W that are asked for meanwhile, a power of two of at least 128, or 0
     """
 
     bm: int
@@ -96,7 +96,6 @@ class Config:
     tma: bool = False
     band: int = 8
     waits: bool = False
-    ahead: int = 0
 
 
 @lru_cache(maxsize=1024)
@@ -144,6 +143,11 @@ def configure(n: int, k: int, m: int | None, arch: str, product: Product8, given
         small = small or (arch == "sm_103" and given.kind == "int8")  # no tensor memory for int8 there: registers
         tile = Config(bm, 64 if small or in_blocks else 128, bk, 4 if bm < 128 else 8, 4 if bk >= 128 else 5, swap=True)
     return _fitting(_split(tile, n, k, m, arch), facts.shared_bytes, 2 if is_wide else 1)
+
+
+def of_experts(config: Config) -> Config:
+    """The launch of a single weight for experts, whose addresses are known on the device only."""
+    return replace(config, tma=False, waits=False)
 
 
 def _amd_tile(m: int, bk: int, wave: int, *, is_wide: bool) -> Config:
@@ -315,6 +319,9 @@ def compile_cases(arch: str) -> list[CompileCase]:
                     place = f"K={k}" if n == 4096 else f"K={k} N={n}"
                     cases.append(_case(name, f"{label} M={m} {place}", arch, product, given, config, k))
                 made.add(seen)
+            for m in (1, 64):
+                config = of_experts(configure(4096, 14336, m, arch, product, given))
+                cases.append(experts8_case(_case(name, f"{label} M={m}", arch, product, given, config, 14336)))
     for name, integer in ((INT8_NAME, True), (FP8_NAME, False)):
         cases += quantizer_cases(name, arch, integer=integer)
         cases.append(epilogue_case(name, arch, integer=integer))
@@ -356,5 +363,4 @@ def constants_of(
         "HAS_BIAS": has_bias, "BM": config.bm, "BN": config.bn, "BK": config.bk,
         "SPLIT": config.split > 1, "FUSED": fused and config.split > 1, "SWAP": config.swap, "TMA": config.tma,
         "EVEN_K": k % config.bk == 0, "BAND": config.band, "WAITS": config.waits,
-        "AHEAD": config.ahead if config.waits and not config.tma else 0,
     }

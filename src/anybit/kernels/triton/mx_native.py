@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from anybit.kernels.linear.triton_mx import PAD, PINNED_M, configure, constants_
 from anybit.kernels.request import Regime
 from anybit.kernels.triton import mx_native_jit as jit
 from anybit.kernels.triton.devices import arch_of
-from anybit.kernels.triton.launching import Argument, Call, Launch, Piece, remember
-from anybit.kernels.triton.opaque import Opaque
+from anybit.kernels.triton.launching import Argument, Call, Launch, Piece
+from anybit.kernels.triton.opaque import Launched, Run
 from anybit.kernels.triton.quantizers import Quantizer
 from anybit.numerics.packing import PackedCodes, pack_stream
 from anybit.schemes import Scheme
@@ -32,7 +32,7 @@ _NEUTRAL_SCALE: Final = {32: 127, 16: 0x38}  # of groups beyond K: 1.0 as e8m0, 
 _VIEW: Final = {"e2m1": torch.uint8, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
-class StoredMx(Opaque):
+class StoredMx(Launched):
     """A micro-scaled weight as the matrix unit reads it."""
 
     quantizes_input = True
@@ -59,7 +59,7 @@ class StoredMx(Opaque):
 
     def _take(self) -> None:
         """What calls share."""
-        self._calls: dict[Any, Call] = {}
+        self._calls = {}
         spec, pair = self._weight.scheme.activation, self._pair
         assert spec is not None
         width = self._codes.shape[1] * (2 if pair.w == "e2m1" else 1)
@@ -85,22 +85,10 @@ class StoredMx(Opaque):
         self._static = {name: real[f"static_{name}"] for name in self._static}
         self._take()
 
-    def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        """Q(x) [M, K] times W^T, plus bias in float32: [M, N] in `out_dtype`."""
-        if torch.compiler.is_compiling():
-            return self._as_operator(x, regime, bias, self.shape[0], out_dtype)
+    def _prepared(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Run:
+        """The launches for calls like this one: Q(x) times W^T, plus bias in float32."""
         if 0 in (x.shape[0], self.shape[0]):
-            return torch.empty((x.shape[0], self.shape[0]), dtype=out_dtype, device=x.device)
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        key = (x.shape, x.stride(), x.dtype, out_dtype, None if bias is None else bias.dtype)
-        call = self._calls.get(key)
-        if call is None:
-            call = remember(self._calls, key, self._launched(x, bias, out_dtype))
-        return call(x, bias)
-
-    def _launched(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Call:
-        """The launches for calls like this one."""
+            return lambda x, bias: torch.empty((x.shape[0], self.shape[0]), dtype=out_dtype, device=x.device)
         (m, n), pair, codes, device = (x.shape[0], self.shape[0]), self._pair, self._codes, x.device
         k = self._quantizer.columns
         plan = self._quantizer.plan(x)
@@ -118,7 +106,7 @@ class StoredMx(Opaque):
         ]  # fmt: skip
         made = Launch(jit.mx_matmul, arguments, constants, device, num_warps=config.warps, num_stages=config.stages)
         tiles = -(-m // config.bm) * -(-n // config.bn)
-        return Call((m, n), out_dtype, device, plan.scratch_bytes, plan, made, (tiles, 1))
+        return Call((m, n), out_dtype, device, m, plan.scratch_bytes, plan, made, (tiles, 1))
 
     def _canonical(self) -> QuantizedWeight:
         k = self.shape[1]

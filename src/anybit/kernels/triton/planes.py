@@ -7,11 +7,11 @@ activations that were dequantized to float32 lose nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from anybit.kernels.linear.tiled_torch import Tiled, as_bits
 from anybit.kernels.request import Kernels, Regime
 from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Launch, Piece, Zeros, launch, remember
-from anybit.kernels.triton.opaque import Opaque
+from anybit.kernels.triton.opaque import Launched, Run
 from anybit.kernels.triton.planes_launch import configure, constants, expansion, half_factor, overlaps, terms_of
 from anybit.kernels.triton.planes_prepare import Packed, pack, unpacked
 from anybit.kernels.triton.recipes import can_fake_quantize
@@ -46,13 +46,11 @@ _PINNED_CALL: Final = 256  # tokens of one launch there: each has parts of split
 _PIECES: Final = {torch.float32: 3, torch.float64: 3, torch.float16: 2, torch.bfloat16: 1}
 _FLUSHES_HALF: Final = ("gfx90a",)  # its matrix unit reads float16 subnormals as zero
 
-Run = Callable[[Tensor, Tensor | None], Tensor]  # (x, bias) -> result
-
 
 # --- the stored weight ------------------------------------------------------------------------------------------------
 
 
-class StoredPlanes(Opaque):
+class StoredPlanes(Launched):
     """A weight [N, K] in the layout, with the activation quantization in front of it.
 
     kernels          by number of tokens, as planned: `triton-expand` decodes rows to memory and leaves the product to
@@ -109,7 +107,7 @@ class StoredPlanes(Opaque):
 
     def _take(self) -> None:
         """What the kernels are given: absent parts are stood in for by one that is never read."""
-        self._calls: dict[Any, Any] = {}  # Run by what calls differ in
+        self._calls = {}
         tensors = self._packed.tensors
         self._parts = [tensors.get(name, tensors["row"]) for name in PARTS]
         if "zeros" not in tensors:
@@ -152,21 +150,8 @@ class StoredPlanes(Opaque):
         found = self._quantizer(x)
         return found.codes, found.factor
 
-    def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        """x [M, K] in any float dtype times W^T (+ bias): [M, N] in `out_dtype`, float32 sums, one rounding."""
-        if torch.compiler.is_compiling():
-            return self._as_operator(x, regime, bias, self.shape[0], out_dtype)
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        key = (x.shape, x.stride(), x.dtype, out_dtype, None if bias is None else bias.dtype)
-        call = self._calls.get(key)
-        if call is None:
-            call = remember(self._calls, key, self._prepared(x, bias, out_dtype))
-        result: Tensor = call(x, bias)
-        return result
-
     def _prepared(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Run:
-        """How calls like this one are carried out."""
+        """How calls like this one are carried out: float32 sums, one rounding."""
         if 0 in (x.shape[0], self.shape[0]):
             return partial(_nothing, rows=self.shape[0], out_dtype=out_dtype)
         dtype = torch.bfloat16 if self._quantizer is not None else x.dtype
@@ -263,7 +248,7 @@ class StoredPlanes(Opaque):
              "EVEN": columns == padded, "ASM": config.assembly, "WAITS": waits},
             device, num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if waits else {}),
         )  # fmt: skip
-        return Call((tokens, rows), out_dtype, device, size, quantize, made, (tiles, config.split))
+        return Call((tokens, rows), out_dtype, device, tokens, size, quantize, made, (tiles, config.split))
 
     def _expanded_rows(self, start: int, count: int, dtype: torch.dtype, *, with_rows: bool) -> Tensor:
         """Rows of the weight from `start` on, decoded: [count, K] in a 16-bit dtype."""

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from anybit.errors import Inconsistent
 from anybit.kernels.triton import quantizers_jit as jit
-from anybit.kernels.triton.devices import arch_of
-from anybit.kernels.triton.launching import ALIGNED, Launch, Piece, remember
+from anybit.kernels.triton.devices import arch_of, on_device
+from anybit.kernels.triton.launching import ALIGNED, Launch, Piece, remember, stream_of
 from anybit.kernels.triton.recipes import (
     ARITHMETIC,
     Arithmetic,
@@ -124,7 +124,8 @@ class Quantizer:
         plan = self.plan(x)
         scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=x.device)
         if x.shape[0]:
-            plan(scratch, x, given)
+            with on_device(x.device):
+                plan(stream_of(x.device.index), scratch, x, given)
         return plan.quantized(scratch)
 
     def plan(self, x: Tensor, *, leads: bool = False) -> QuantizerPlan:
@@ -194,14 +195,15 @@ class QuantizerPlan:
         place = self._in_groups if quantizer._in_groups else self._in_rows
         self._launch, self._grid = place(quantizer, x, leads)
 
-    def __call__(self, scratch: Tensor, x: Tensor, given: Tensor | None = None) -> None:
-        """Fill the pieces."""
+    def __call__(self, stream: int | None, scratch: Tensor, x: Tensor, given: Tensor | None = None) -> None:
+        """Fill the pieces from x with M rows of K in all; `stream` as `Launch` takes it."""
+        x_programs, y_programs = self._grid
         if self._is_static:
-            self._launch(*self._grid, scratch, (x,))
+            self._launch(x_programs, y_programs, stream, scratch, (x,))
         else:
             given = self._quantizer.given(x) if given is None else given
             assert given is not None
-            self._launch(*self._grid, scratch, (x, given))
+            self._launch(x_programs, y_programs, stream, scratch, (x, given))
 
     def quantized(self, scratch: Tensor) -> Quantized:
         """The pieces as tensors."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from math import prod
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from anybit.kernels.linear.triton_skinny import LARGEST_M, SPEC, configure
 from anybit.kernels.request import Kernels, Regime
 from anybit.kernels.triton import skinny_jit as jit
 from anybit.kernels.triton.devices import arch_of
-from anybit.kernels.triton.launching import Argument, Call, Launch, Piece, Zeros, remember
-from anybit.kernels.triton.opaque import Opaque
+from anybit.kernels.triton.launching import Argument, Call, Launch, Piece, Zeros
+from anybit.kernels.triton.opaque import Launched
 from anybit.platforms.archs import ARCHS
 from anybit.weights import Dense, Weight
 
@@ -23,16 +24,15 @@ __all__ = ["Skinny", "StoredSkinny"]
 _ADD_COLUMNS: Final = 1024
 
 
-class StoredSkinny(StoredDense, Opaque):
+class StoredSkinny(Launched, StoredDense):
     """A weight in the dtype of the activations, multiplied by our kernel where the plan says so."""
 
     def __init__(self, tensor: Tensor, kernels: Mapping[Regime, str]) -> None:
         """`tensor` [N, K]."""
         StoredDense.__init__(self, tensor.contiguous())
-        Opaque.__init__(self)
+        Launched.__init__(self)
         self._kernels = Kernels.of(kernels)
         self._captured: list[Tensor] = []  # zeros that graphs count in
-        self._calls: dict[Any, Call] = {}
 
     def bind(self, tensors: dict[str, Tensor]) -> None:
         """Take the (moved) buffers."""
@@ -40,21 +40,13 @@ class StoredSkinny(StoredDense, Opaque):
         self._calls = {}
 
     def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        """x [M, K] times W^T, plus bias in float32 where the kernel is ours."""
-        tokens, is_other = x.shape[0], x.dtype != self._tensor.dtype
-        if self._kernels.at(tokens) != SPEC.name or is_other or tokens > LARGEST_M or 0 in x.shape:
-            return super().linear(x, regime, bias, out_dtype)
-        if torch.compiler.is_compiling():
-            return self._as_operator(x, regime, bias, self.shape[0], out_dtype)
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        key = (x.shape, x.stride(), x.dtype, out_dtype, None if bias is None else bias.dtype)
-        call = self._calls.get(key)
-        if call is None:
-            call = remember(self._calls, key, self._launched(x, bias, out_dtype))
-        return call(x, bias)
+        """x [M, K] or [.., K] times W^T, plus bias in float32 where the kernel is ours."""
+        tokens = prod(x.shape[:-1])
+        if self._kernels.at(tokens) != SPEC.name or x.dtype != self._tensor.dtype or tokens > LARGEST_M or 0 in x.shape:
+            return StoredDense.linear(self, x, regime, bias, out_dtype)  # torch's own, which a compiler knows
+        return Launched.linear(self, x, regime, bias, out_dtype)
 
-    def _launched(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Call:
+    def _prepared(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Call:
         """The launches for calls like this one, of up to 64 rows."""
         (m, k), weight, device, arch = x.shape, self._tensor, x.device, arch_of(x.device)
         n = weight.shape[0]
@@ -76,8 +68,9 @@ class StoredSkinny(StoredDense, Opaque):
             finish = Launch(jit.add_parts, [parts, bias_dtype, out_dtype, int, n],
                             {"PARTS": config.split, "HAS_BIAS": bias is not None, "BN": _ADD_COLUMNS}, device,
                             num_warps=4)
-        return Call((m, n), out_dtype, device, 4 * config.split * m * n if is_split else 0, None, made,
-                    (tiles, config.split), finish, (m, -(-n // _ADD_COLUMNS)))
+        scratch_bytes = 4 * config.split * m * n if is_split else 0
+        return Call((m, n), out_dtype, device, m, scratch_bytes, None, made, (tiles, config.split), finish,
+                    (m, -(-n // _ADD_COLUMNS)))
 
 
 class Skinny:

@@ -7,10 +7,10 @@ kernel, or torch's own) is the plan's choice, by name. Device code: `w8a8_jit.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ from anybit.kernels.linear.triton_w8a8_tiles import (
 from anybit.kernels.request import Kernels, Regime
 from anybit.kernels.triton import w8a8_jit as jit
 from anybit.kernels.triton.devices import arch_of
-from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Described, Launch, Piece, Zeros, launch, remember
-from anybit.kernels.triton.opaque import Opaque
+from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Described, Launch, Piece, Zeros, launch
+from anybit.kernels.triton.opaque import Launched, Run
 from anybit.kernels.triton.quantizers import Quantized, Quantizer
 from anybit.kernels.triton.recipes import ARITHMETIC
 from anybit.numerics.codec import decode
@@ -53,10 +53,8 @@ _STATIC: Final = ("scale", "zero_point", "lower_bound")
 _ROWS_A_TIME: Final = 2**24  # weights looked at together while preparing: bounds the temporaries
 _LEADING_ROWS: Final = 64  # up to so many the product is launched while they are quantized
 
-Run = Callable[[Tensor, Tensor | None], Tensor]  # (x, bias) -> result
 
-
-class StoredRows8(Opaque):
+class StoredRows8(Launched):
     """A weight of 8 bit codes with what its product needs."""
 
     quantizes_input = True
@@ -82,6 +80,63 @@ class StoredRows8(Opaque):
         self._is_flavoured = False
         self._dtypes = {name: t.dtype for name, t in self._parts().items()}
         self._adopt()
+
+    # --- what a stack of such weights is made of (experts_rows8.py) ---
+
+    @property
+    def product(self) -> Product8:
+        """What is multiplied."""
+        return self._product
+
+    @property
+    def kernels(self) -> Kernels:
+        """The plan's choice."""
+        return self._kernels
+
+    @property
+    def codes(self) -> Tensor:
+        """[N, K padded], one a byte."""
+        return self._codes
+
+    @property
+    def factor(self) -> Tensor:
+        """float32 [N], or one a block."""
+        return self._factor
+
+    @property
+    def sums(self) -> Tensor | None:
+        """Of each row's codes, where x has zero points."""
+        return self._sums
+
+    @property
+    def zeros(self) -> Tensor | None:
+        """Zero points of rows, int32 [N]."""
+        return self._zeros
+
+    @property
+    def static(self) -> Mapping[str, Tensor]:
+        """Static numbers of the quantization of x."""
+        return self._static
+
+    @property
+    def is_pinned(self) -> bool:
+        """True where a row's result must not depend on the other rows."""
+        return self._pinned
+
+    @property
+    def arch(self) -> str:
+        """Where it runs."""
+        return _arch_or_generic(self._codes.device)
+
+    def operands(self, *, exact: bool = False) -> Operands:
+        """What the matrix unit is given here."""
+        given = operands(self._product, self.arch, exact=exact)
+        assert given is not None
+        return given
+
+    def view(self, given: Operands) -> torch.dtype:
+        """The dtype that the kernel takes codes of W in."""
+        return torch.uint8 if given.kind == "float16" else _VIEW[given.kind]
 
     def _parts(self) -> dict[str, Tensor]:
         parts = {"codes": self._codes, "factor": self._factor}
@@ -112,7 +167,7 @@ class StoredRows8(Opaque):
         Codes of x will be halved as well, so the factor takes both powers of two. Converted codes keep their bits but
         for -0: read as e4m3fn they mean what they meant.
         """
-        self._calls: dict[Any, Run] = {}
+        self._calls = {}
         self._quantizers: dict[str, Quantizer] = {}
         given = operands(self._product, arch_of(self._codes.device))
         if given is None or self._is_flavoured:
@@ -127,22 +182,11 @@ class StoredRows8(Opaque):
             self._factor.mul_(4.0 if is_fn else 2.0)
             self._is_flavoured = True
 
-    def linear(self, x: Tensor, regime: Regime, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        """Q(x) [M, K] times W^T, plus bias in float32: [M, N] in `out_dtype`."""
-        if torch.compiler.is_compiling():
-            return self._as_operator(x, regime, bias, self.shape[0], out_dtype)
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        key = (x.shape, x.stride(), x.dtype, out_dtype, None if bias is None else bias.dtype)
-        call = self._calls.get(key)
-        if call is None:
-            call = remember(self._calls, key, self._prepared(x, self._kernels.at(x.shape[0]), bias, out_dtype))
-        return call(x, bias)
-
-    def _prepared(self, x: Tensor, kernel: str, bias: Tensor | None, out_dtype: torch.dtype) -> Run:
-        """How calls like this one are carried out."""
+    def _prepared(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Run:
+        """How calls like this one are carried out: Q(x) times W^T, plus bias in float32."""
         if 0 in (*x.shape, self.shape[0]):
             return partial(_nothing, rows=self.shape[0], out_dtype=out_dtype)
+        kernel = self._kernels.at(x.shape[0])
         if kernel == SCALED_MM.name and (bias is not None or out_dtype != torch.bfloat16):
             kernel = FP8.name  # torch would round to bfloat16 before the bias
         given = operands(self._product, _arch_or_generic(x.device), exact=kernel == FP8_EXACT.name)
@@ -151,7 +195,7 @@ class StoredRows8(Opaque):
             return partial(self._by_torch, kernel=kernel, given=given, out_dtype=out_dtype)
         return self._by_us(x, kernel, given, bias, out_dtype)
 
-    def _quantizer(self, given: Operands) -> Quantizer:
+    def quantizer(self, given: Operands) -> Quantizer:
         """What makes the operand of a kind of x."""
         found = self._quantizers.get(given.kind)
         if found is None:
@@ -167,7 +211,7 @@ class StoredRows8(Opaque):
         from anybit.kernels.linear import torch_low_precision_run as provider
 
         out = torch.empty((x.shape[0], self.shape[0]), dtype=out_dtype, device=x.device)
-        xq = self._quantizer(given)(x)
+        xq = self.quantizer(given)(x)
         return provider.PRODUCTS[kernel](xq, self._codes, self._factor, self._sums, self._zeros, bias, out, given)
 
     def _by_us(self, x: Tensor, kernel: str, given: Operands, bias: Tensor | None, out_dtype: torch.dtype) -> Call:
@@ -177,7 +221,7 @@ class StoredRows8(Opaque):
         config = configure(n, k, None if self._pinned else m, arch, product, given)
         # a few rows: the product is launched while they are quantized
         leads = kernel in (FP8.name, INT8.name) and m <= _LEADING_ROWS and arch == "sm_90"
-        quantize = self._quantizer(given).plan(x, leads=leads)
+        quantize = self.quantizer(given).plan(x, leads=leads)
         pieces, size = quantize.pieces, quantize.scratch_bytes
         is_split = config.split > 1
         fused = is_split and ARCHS[arch].vendor == "nvidia"
@@ -208,13 +252,13 @@ class StoredRows8(Opaque):
                 jit.w8a8_epilogue, [parts, pieces["scale"], factor, *offsets, bias_dtype, out_dtype, int, n],
                 _ending(config.split, product, shifted, self._zeros is not None, bias is not None), device, num_warps=4,
             )  # fmt: skip
-        return Call((m, n), out_dtype, device, size, quantize, made, (tiles, config.split), finish,
+        return Call((m, n), out_dtype, device, m, size, quantize, made, (tiles, config.split), finish,
                     (m, -(-n // _EPILOGUE_COLUMNS)))
 
     def _operands(self, x: Piece, m: int, config: Config, given: Operands) -> tuple[Argument, Argument]:
         """Codes of x and of W as the kernel takes them."""
         k = self._codes.shape[1]
-        view = torch.uint8 if given.kind == "float16" else _VIEW[given.kind]
+        view = self.view(given)
         x = x if given.kind == "float16" else Piece(x.offset, view)
         if not config.tma:
             return x, self._codes.view(view)

@@ -90,15 +90,6 @@ def block_factor(
     return factor
 
 
-@triton.jit
-def prefetch(w_ptr, outs, k, K, AHEAD: tl.constexpr):
-    """Ask for the cache lines of AHEAD codes (a multiple of 128) from column k on, of rows `outs` of W [N, K]."""
-    column = k + 128 * tl.arange(0, AHEAD // 128)
-    lines = w_ptr + outs.to(tl.int64)[:, None] * K + tl.minimum(column, K - 1)[None, :]
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], tl.int32,
-                              is_pure=False, pack=1)
-
-
 @triton.jit(do_not_specialize=["M"])
 def w8a8_matmul(
     x_ptr, w_ptr, sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, bias_ptr, out_ptr, part_ptr, count_ptr, M, N, K,
@@ -107,7 +98,6 @@ def w8a8_matmul(
     PROMOTE: tl.constexpr, X_GROUP: tl.constexpr, W_GROUP: tl.constexpr, W_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, FUSED: tl.constexpr,
     SWAP: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, BAND: tl.constexpr, WAITS: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     """out [M, N] = x [M, K] times W^T [K, N], both as codes, in true scales, plus bias.
 
@@ -120,8 +110,9 @@ def w8a8_matmul(
     SPLIT     programs along K; their sums meet in part [programs, M, N], FUSED: added in order by the last to arrive
     SWAP      W is the left operand; BAND rows of tiles are walked together, for the cache
     WAITS     launched while the kernel before it runs, which it waits for here (programmatic dependent launch)
-    AHEAD     codes of each row that are asked for before that: W does not depend on the kernel before
     """
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
     part = tl.program_id(1)
     tiles_m = tl.cdiv(M, BM)
@@ -140,11 +131,6 @@ def w8a8_matmul(
     share = tl.cdiv(blocks, tl.num_programs(1))
     start = part * share
     stop = tl.minimum(start + share, blocks)
-
-    if WAITS:
-        if AHEAD > 0:
-            prefetch(w_ptr, outs % N, start * BK, K, AHEAD)
-        tl.extra.cuda.gdc_wait()
 
     if not TMA:
         x_rows = x_ptr + row_in.to(tl.int64)[:, None] * K + inside[None, :]

@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = ["zeros_for"]
 
 _FEWEST: Final = 4096  # of a stream's set
-_SLAB: Final = 2**18  # int32: 1 MiB, a few thousand captured launches
+_SLAB: Final = 2**19  # int32: 2 MiB, a few thousand captured launches
 _STEP: Final = 32  # captured launches begin on a cache line of their own
 _is_capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
 
