@@ -1,7 +1,7 @@
 """The 8 bit products of sm_90 in which warps have different work: which they take, with which tiles, what must compile.
 
-Torch-free. Device code: kernels/triton/w8a8_hopper_jit.py, in Gluon, whose names changed between Triton's versions: those
-of `VERSIONS` compile it. What is not taken here, and every other version, is the portable kernel's (triton_w8a8_tiles.py).
+Torch-free. Device code: kernels/triton/w8a8_hopper_jit.py, in Gluon, whose names changed between Triton's versions:
+those of `VERSIONS` compile it. What is not taken here is the portable kernel's, and so is all in other versions.
 """
 
 from __future__ import annotations
@@ -12,9 +12,17 @@ from functools import lru_cache
 from typing import Final
 
 from anybit.kernels.compiling import CompileCase
-from anybit.kernels.linear.triton_w8a8_tiles import Operands, Product8
+from anybit.kernels.linear.triton_w8a8_tiles import (
+    CASES,
+    FP8_NAME,
+    INT8_NAME,
+    Operands,
+    Product8,
+    expected_instruction,
+    operands,
+)
 
-__all__ = ["LAYOUT", "VERSIONS", "HopperConfig", "configure_hopper", "constants_of_hopper", "hopper_case"]
+__all__ = ["BLOCK", "LAYOUT", "VERSIONS", "HopperConfig", "configure_hopper", "constants_of_hopper", "hopper_cases"]
 
 VERSIONS: Final = ((3, 6), (3, 7), (3, 9))
 LAYOUT: Final = (128, 8, 2)  # of tiles in shared memory: swizzled by 128 bytes, 8 bits an element, two dimensions
@@ -72,3 +80,59 @@ def takes(product: Product8, given: Operands) -> bool:
         return (not product.is_integer and product.x_group == product.w_group == BLOCK
                 and product.w_rows % BLOCK == 0)
     return True
+
+
+def constants_of_hopper(
+    product: Product8, config: HopperConfig, *, shifted: bool, has_bias: bool
+) -> dict[str, object]:
+    """Compile-time arguments of `w8a8_hopper`."""
+    return {
+        "IS_INTEGER": product.is_integer, "IS_SHIFTED": shifted, "W_SHIFTED": product.w_shifted,
+        "IN_BLOCKS": bool(product.w_group), "W_ROWS": product.w_rows, "HAS_BIAS": has_bias, "BA": config.left,
+        "BB": config.right, "BK": BLOCK, "TEAMS": config.teams, "STAGES": config.stages, "STREAM": config.share > 0,
+        "BAND": config.band, "SWAP": config.swap, "WAITS": config.waits,
+    }
+
+
+# --- what must compile ------------------------------------------------------------------------------------------------
+
+_SIZES: Final = ((1, 4096, 14336), (17, 4096, 14336), (33, 4096, 14336), (65, 4096, 14336), (129, 4096, 14336),
+                 (1024, 4096, 14336), (4096, 4096, 14336), (1, 28672, 4096), (64, 28672, 4096), (256, 28672, 4096))
+
+
+def hopper_cases(arch: str) -> list[CompileCase]:
+    """Products in several sizes, as `configure_hopper` launches them."""
+    if arch != "sm_90":
+        return []
+    cases: dict[str, CompileCase] = {}
+    for label, product in CASES:
+        given = operands(product, arch)
+        assert given is not None
+        for m, n, k in _SIZES:
+            config = configure_hopper(n, k, m, product, given)
+            if config is not None:
+                case = _case(label, product, given, config)
+                cases.setdefault(case.label, case)
+    return list(cases.values())
+
+
+def _case(label: str, product: Product8, given: Operands, config: HopperConfig) -> CompileCase:
+    element = _TYPES[given.kind]
+    layout = f"NVMMASharedLayout{LAYOUT}"
+    x_rows, w_rows = config.boxes
+    kept = "*i32" if product.is_integer else "*fp32"
+    types = {
+        "x": f"tensordesc<{element}[{x_rows}, {BLOCK}],{layout}>",
+        "w": f"tensordesc<{element}[{w_rows}, {BLOCK}],{layout}>", "sx_ptr": "*fp32", "sw_ptr": "*fp32",
+        "zx_ptr": "*i32", "cs_ptr": "*i32", "xs_ptr": "*i32", "zw_ptr": "*i32", "bias_ptr": "*bf16", "out_ptr": "*bf16",
+        "part_ptr": kept, "count_ptr": "*i32", "M": "i32", "N": "i32", "K": "i32", "GROUPS": "i32", "SHARE": "i32",
+    }
+    what = f"{config.left} x {config.right}{' swapped' if config.swap else ''}{' shares' if config.share else ''}"
+    return CompileCase(
+        INT8_NAME if product.is_integer else FP8_NAME, "anybit.kernels.triton.w8a8_hopper_jit:w8a8_hopper", "sm_90",
+        f"{label} {what}{' waits' if config.waits else ''}", types,
+        constants_of_hopper(product, config, shifted=product.is_integer and not product.activation.symmetric,
+                            has_bias=False),
+        divisible=("N", "K"), num_warps=4, options={"launch_pdl": True} if config.waits else {},
+        expects=(expected_instruction("sm_90", given.kind, 64),),
+    )  # fmt: skip

@@ -30,6 +30,7 @@ from anybit.kernels.triton.recipes import (
     element_of,
     group_launch,
     has_native_e4m3,
+    is_heavy,
     reads_row,
     row_launch,
     statistic_of,
@@ -229,7 +230,7 @@ class QuantizerPlan:
         zero = self._place("zero_point", torch.int32, rows) if quantizer.has_zero_point else None
         sums = self._place("sums", torch.int32, rows) if quantizer._sums else None
         columns = max(k, quantizer.columns)
-        block, part, warps = row_launch(columns, rows, is_shared=sums is None)
+        block, part, warps = row_launch(columns, rows, is_shared=sums is None, is_heavy=is_heavy(spec))
         given = quantizer._given_dtype(x)
         values = quantizer._values is not None
         zero_point = quantizer._zero_point

@@ -19,7 +19,8 @@ from anybit.platforms.archs import ARCHS
 
 __all__ = [
     "ARITHMETIC", "Arithmetic", "Element", "Spec", "can_fake_quantize", "can_quantize", "compile_case",
-    "constants_of", "edges", "element_of", "group_launch", "has_native_e4m3", "reads_row", "row_launch", "statistic_of",
+    "constants_of", "edges", "element_of", "group_launch", "has_native_e4m3", "is_heavy", "reads_row",
+    "row_launch", "statistic_of",
 ]
 
 Statistic = Literal["none", "absmax", "range", "row_absmax", "call_absmax", "call_range"]
@@ -217,16 +218,30 @@ def _power_of_two(n: int) -> int:
 
 
 _FEW_ROWS: Final = 16  # so few that several programs share a row: each finds its statistic anew
-_PART: Final = 2048  # columns that each of them writes
+_MANY_ROWS: Final = 512  # so many that throughput counts, not how soon a row is done
+_PART: Final = 2048  # columns that each of them writes, and that are held where a row would take too many registers
 
 
-def row_launch(k: int, rows: int = _FEW_ROWS + 1, *, is_shared: bool = False) -> tuple[int, int, int]:
+def row_launch(
+    k: int, rows: int = _FEW_ROWS + 1, *, is_shared: bool = False, is_heavy: bool = False
+) -> tuple[int, int, int]:
     """Columns that a program reads at a time, those that it writes (0 = all), and its warps, for rows of k columns.
 
     is_shared   programs may share a row: none needs all its codes
+    is_heavy    a code takes many registers (see `is_heavy`): long rows are read twice, from the cache the second time
     """
     block = min(_power_of_two(max(k, 16)), _ROW_BLOCK)
-    return block, _PART if is_shared and rows <= _FEW_ROWS and block > _PART else 0, _warps(block)
+    if is_shared and rows <= _FEW_ROWS and block > _PART:
+        return (block, _PART, _warps(block)) if block <= 2 * _PART else (_PART, _PART, 16)
+    if is_heavy and block > 2 * _PART:
+        return _PART, 0, 8
+    return block, 0, _warps(block) if rows < _MANY_ROWS else max(1, _warps(block) // 2)
+
+
+def is_heavy(spec: Spec) -> bool:
+    """True for divisions that are corrected, and for codes with zero points."""
+    arithmetic = ARITHMETIC[spec.recipe]
+    return arithmetic.divide or arithmetic.is_shifted
 
 
 def _warps(elements: int) -> int:
@@ -270,7 +285,7 @@ def compile_case(
     shared = {**constants_of(spec), "HAS_GIVEN": bool(arithmetic.given), "VALUES": values, "FNUZ": False,
               "NATIVE": native}
     if spec.granularity != "group":
-        block, part, warps = row_launch(k, 1, is_shared=not arithmetic.is_shifted)
+        block, part, warps = row_launch(k, 1, is_shared=not arithmetic.is_shifted, is_heavy=is_heavy(spec))
         types = {"x_ptr": "*bf16", "out_ptr": codes, "scale_ptr": "*fp32", "zero_ptr": "*i32", "sums_ptr": "*i32",
                  "given_ptr": "*fp32", "given_zero_ptr": "*i8", "K": "i32", "KP": "i32", "stride": "i32"}
         constants = {**shared, "IS_SHIFTED": arithmetic.is_shifted, "FLOOR": arithmetic.floor,

@@ -71,28 +71,35 @@ def copy_tiles(
     ahead = 0
     if WAITS:
         ahead = gl.minimum(steps, STAGES)
-        for i in range(ahead):
-            tile, block = step_at(i, blocks, SHARE, STREAM)
+        i = 0
+        while i < ahead:
+            tile, start = step_at(i, blocks, SHARE, STREAM)
             tile_a, tile_b = place(tile, tiles_a, tiles_b, BAND)
-            mbarrier.expect(ready.index(i), BYTES)
-            if SWAP:
-                for g in gl.static_range(TEAMS):
-                    load_tile(a, [tile_a * BA + g * ROWS, block * BK], ready.index(i),
-                              a_tiles.index(i * TEAMS + g))
-            else:
-                load_tile(b, [tile_b * BB, block * BK], ready.index(i), b_tiles.index(i))
+            for block in range(start, start + gl.minimum(blocks - start, ahead - i)):
+                mbarrier.expect(ready.index(i), BYTES)
+                if SWAP:
+                    for g in gl.static_range(TEAMS):
+                        load_tile(a, [tile_a * BA + g * ROWS, block * BK], ready.index(i),
+                                  a_tiles.index(i * TEAMS + g))
+                else:
+                    load_tile(b, [tile_b * BB, block * BK], ready.index(i), b_tiles.index(i))
+                i += 1
         tl.extra.cuda.gdc_wait()
-    for i in range(steps):
-        tile, block = step_at(i, blocks, SHARE, STREAM)
+    i = 0
+    while i < steps:
+        tile, start = step_at(i, blocks, SHARE, STREAM)
         tile_a, tile_b = place(tile, tiles_a, tiles_b, BAND)
-        stage = i % STAGES
-        is_new = i >= ahead
-        mbarrier.wait(free.index(stage), ((i // STAGES) & 1) ^ 1)
-        mbarrier.expect(ready.index(stage), BYTES, pred=is_new)
-        for g in gl.static_range(TEAMS):
-            load_tile(a, [tile_a * BA + g * ROWS, block * BK], ready.index(stage),
-                      a_tiles.index(stage * TEAMS + g), pred=is_new if SWAP else True)
-        load_tile(b, [tile_b * BB, block * BK], ready.index(stage), b_tiles.index(stage), pred=True if SWAP else is_new)
+        for block in range(start, start + gl.minimum(blocks - start, steps - i)):
+            stage = i % STAGES
+            is_new = i >= ahead
+            mbarrier.wait(free.index(stage), ((i // STAGES) & 1) ^ 1)
+            mbarrier.expect(ready.index(stage), BYTES, pred=is_new)
+            for g in gl.static_range(TEAMS):
+                load_tile(a, [tile_a * BA + g * ROWS, block * BK], ready.index(stage),
+                          a_tiles.index(stage * TEAMS + g), pred=is_new if SWAP else True)
+            load_tile(b, [tile_b * BB, block * BK], ready.index(stage), b_tiles.index(stage),
+                      pred=True if SWAP else is_new)
+            i += 1
 
 
 @gluon.jit
@@ -193,7 +200,10 @@ def multiply_tiles(
             other = gl.zeros([ROWS, BB], gl.float32, MMA)
             sums = gl.zeros([ROWS, BB], gl.float32, MMA)
             last = blocks - 1
-            rows = tile_b * BB + gl.arange(0, BB, OF_B) if SWAP else tile_a * BA + TEAM * ROWS + gl.arange(0, ROWS, OF_A)
+            if SWAP:
+                rows = tile_b * BB + gl.arange(0, BB, OF_B)
+            else:
+                rows = tile_a * BA + TEAM * ROWS + gl.arange(0, ROWS, OF_A)
             sx = sx_ptr + rows
             sw = sw_ptr
             if IN_BLOCKS:
