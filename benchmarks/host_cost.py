@@ -1,9 +1,9 @@
 """What one call of a layer costs the host, outside of a graph: microseconds until the call returns, nothing waited for.
 
-    PYTHONPATH=src python benchmarks/host_cost.py [--write docs-or-other.json] [SCHEME ...]      (needs a GPU)
+    PYTHONPATH=src python benchmarks/host_cost.py [--write FILE.json] [SCHEME ...]      (needs a GPU)
 
 A column each: the module (`model.layer(x)`, x [1, M, K] as transformers gives it), the product alone (x [M, K]), and
-torch's own unquantized module for comparison. The least of 20 groups of 10 calls each, the device idle at the start of
+torch's own unquantized module for comparison. The least of 100 groups of 10 calls each, the device idle at the start of
 a group, so that no queue is full. The goal: 25 us, 35 us where x is quantized.
 """
 
@@ -40,7 +40,7 @@ def microseconds(call: Callable[[], object]) -> float:
     for _ in range(20):
         call()
     least = float("inf")
-    for _ in range(20):
+    for _ in range(100):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(10):

@@ -3,33 +3,36 @@
     anybit bench kernels --write benchmarks/results/h200.json
     python benchmarks/plot_kernels.py benchmarks/results/h200.json docs/plots/h200     (needs matplotlib)
 
-Writes h200-light.svg and h200-dark.svg. A line is a shape (K x N); each point is the fastest kernel that was measured
-there and whose answer was right, the plan's choice among one layout where the points are joined.
+Writes h200-light.svg and h200-dark.svg. A line is a shape (K x N); each point is the kernel that a plan by these times
+takes (`tools/measured_tables.py`), of one stored layout.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+from measured_tables import planned
+
 INK = {"light": ("#1b1f24", "#d0d7de"), "dark": ("#e6edf3", "#3d444d")}
-COLOURS = {"light": ("#0969da", "#bc4c00", "#1a7f37", "#8250df"), "dark": ("#58a6ff", "#f0883e", "#3fb950", "#bc8cff")}
+COLOURS = {
+    "light": ("#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#6e7781", "#9a6700", "#1b7c83"),
+    "dark": ("#58a6ff", "#f0883e", "#3fb950", "#bc8cff", "#f778ba", "#8b949e", "#d29922", "#39c5cf"),
+}
 
 
-def best(rows: list[dict[str, Any]]) -> dict[str, dict[tuple[int, int], dict[int, tuple[float, str]]]]:
-    """Scheme -> shape (K, N) -> tokens -> (times as fast as the unquantized product, kernel)."""
-    found: dict[str, dict[tuple[int, int], dict[int, tuple[float, str]]]] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        if row["fault"]:
-            continue
-        n, k = row["shape"]
-        cell = found[row["name"]][k, n]
-        ratio = row["unquantized_seconds"] / row["seconds"]
-        if ratio > cell.get(row["tokens"], (0.0, ""))[0]:
-            cell[row["tokens"]] = (ratio, row["kernel"])
+def ratios_of(document: dict[str, Any]) -> dict[str, dict[tuple[int, int], dict[int, float]]]:
+    """Scheme -> shape (K, N) -> tokens -> times as fast as the unquantized product."""
+    found: dict[str, dict[tuple[int, int], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for cell in planned(document):
+        n, k = cell.shape
+        found[cell.name][k, n][cell.tokens] = cell.ratio
     return found
 
 
@@ -41,16 +44,17 @@ def draw(document: dict[str, Any], theme: str, target: Path) -> None:
     ink, grid = INK[theme]
     mpl.rcParams.update({"text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink,
                          "axes.edgecolor": grid, "svg.fonttype": "none", "svg.hashsalt": "anybit", "font.size": 9})
-    panels = best(document["rows"])
+    panels = ratios_of(document)
+    order = sorted({shape for shapes in panels.values() for shape in shapes})  # a shape has one colour in every panel
     columns = 4
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(12, 2.6 * lines), sharex=True, sharey=True, squeeze=False)
     for place, (name, shapes) in zip(axes.flat, panels.items(), strict=False):
         place.axhline(1.0, color=grid, linewidth=1.5)
-        for colour, ((k, n), cells) in zip(COLOURS[theme], sorted(shapes.items()), strict=False):
+        for (k, n), cells in sorted(shapes.items()):
             tokens = sorted(cells)
-            ratios = [cells[m][0] for m in tokens]
-            place.plot(tokens, ratios, marker="o", markersize=3, color=colour, label=f"{k} x {n}")
+            colour = COLOURS[theme][order.index((k, n)) % len(COLOURS[theme])]
+            place.plot(tokens, [cells[m] for m in tokens], marker="o", markersize=3, color=colour, label=f"{k} x {n}")
         place.set_title(name, fontsize=9)
         place.set_xscale("log", base=4)
         place.set_xticks(sorted({m for cells in shapes.values() for m in cells}))
@@ -61,8 +65,9 @@ def draw(document: dict[str, Any], theme: str, target: Path) -> None:
         place.set_visible(False)
     figure.supxlabel("tokens M", fontsize=9)
     figure.supylabel("times as fast as unquantized bfloat16", fontsize=9)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False, title="K x N")
+    legends = [place.get_legend_handles_labels() for place in axes.flat]
+    named = {label: handle for handles, labels in legends for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(named.values(), named.keys(), loc="upper center", ncols=len(named), frameon=False, title="K x N")
     figure.tight_layout(rect=(0.02, 0, 1, 0.92))
     figure.savefig(target, transparent=True, metadata={"Date": None})
     plt.close(figure)

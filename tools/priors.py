@@ -22,9 +22,12 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 PRIORS: Final = ROOT / "src" / "anybit" / "planning" / "priors"
 sys.path.insert(0, str(ROOT / "src"))
 
+from anybit.cli.bench_kernels import scheme_named  # noqa: E402
 from anybit.planning.measured import Cell, cells_to_rows  # noqa: E402
-from anybit.schemes import dense  # noqa: E402
+from anybit.planning.records import scheme_to_dict  # noqa: E402
+from anybit.schemes import Scheme, dense  # noqa: E402
 
+_LISTS: Final = ("schemes", "cells")
 _VERSIONS: Final = ("driver", "torch", "triton", "humming-kernels", "aiter", "python")
 
 
@@ -60,15 +63,33 @@ def prior(documents: list[dict[str, Any]], device: str, command: str) -> dict[st
         "arch": first["arch"], "device": device, "title": first["device"], "command": command,
         "versions": {name: first[name] for name in _VERSIONS if name in first},
         "date": max(str(document.get("date", "")) for document in documents),
+        "schemes": [scheme_to_dict(scheme) for scheme in _schemes(documents)],
         "cells": cells_to_rows(cells_of(documents)),
     }
 
 
+def _schemes(documents: list[dict[str, Any]]) -> list[Scheme]:
+    """The distinct schemes of all rows, so that schemes like them are priced by their times."""
+    named = {(row["name"], *row["shape"]): row["scheme"] for document in documents for row in document["rows"]}
+    found = {}
+    for (name, n, k), printed in named.items():
+        scheme = scheme_named(name, (n, k))
+        if scheme is not None and str(scheme) == printed:
+            found[printed] = scheme
+    plain = {str(dense(document["dtype"])): dense(document["dtype"]) for document in documents}
+    return [*(plain | found).values()]
+
+
 def text_of(document: dict[str, Any]) -> str:
-    """JSON with one cell a line, so that a new measurement reads well as a difference."""
-    head = json.dumps({key: value for key, value in document.items() if key != "cells"}, indent=1, ensure_ascii=False)
-    cells = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in document["cells"])
-    return f'{head.removesuffix("}").rstrip()},\n "cells": [\n{cells}\n ]\n}}\n'
+    """JSON with one scheme or cell a line, so that a new measurement reads well as a difference."""
+    head = json.dumps({key: value for key, value in document.items() if key not in _LISTS},
+                      indent=1, ensure_ascii=False)
+
+    def lines(rows: list[dict[str, Any]]) -> str:
+        return ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
+
+    lists = [f' "{name}": [\n{lines(document[name])}\n ]' for name in _LISTS]
+    return f'{head.removesuffix("}").rstrip()},\n' + ",\n".join(lists) + "\n}\n"
 
 
 def main() -> int:

@@ -117,6 +117,32 @@ def test_measured_times_are_kept_and_planned_with(tiny: Path, capfd: Any) -> Non
     assert all(price.is_measured for price in prices)
 
 
+def test_what_is_tuned_is_chosen_from_within_5_percent_of_the_best_of_the_layout(capfd: Any) -> None:
+    assert main.main(["tune", "512x768:int4_g128", "--device", "cpu", "--tokens", "1,16,64", "--json"]) == 0
+    document = told(capfd)
+    assert document["is_kept"]
+    assert {row["tokens"] for row in document["choices"]} == {1, 16, 64}
+    assert document["worst_regret"] <= 0.05
+    for row in document["choices"]:
+        assert row["best_of_layout"]["seconds"] <= row["chosen"]["seconds"]
+
+
+def test_a_check_fails_where_the_plan_does_not_take_the_best_of_its_layout_and_keeps_nothing(capfd: Any) -> None:
+    here = detect("cpu")
+    words = ["tune", "768x1024:int4_g128", "--device", "cpu", "--tokens", "1", "--check", "--json"]
+    scheme = "int4·g128·bf16"
+    lie = {("native-expand", scheme, 768, 1024, "float32", 1): 1e-9}  # slow at one token, said to be fast
+    measured.write(here, measured.Measured(dict(lie)))
+    assert main.main(words) == 1
+    document = told(capfd)
+    [choice] = document["choices"]
+    assert choice["chosen"]["kernel"] == "native-expand"
+    assert choice["best_of_layout"]["kernel"] == "native-matvec"
+    assert choice["regret"] > 0.05
+    assert not document["is_kept"]
+    assert measured.read(here).seconds == lie
+
+
 def test_shapes_can_be_measured_without_a_model(capfd: Any) -> None:
     assert main.main(["tune", "96x256:nvfp4", "--device", "cpu"]) == 0
     out, _ = capfd.readouterr()
@@ -159,6 +185,78 @@ def test_bench_prints_a_line_a_shape_after_its_correctness(capfd: Any, tmp_path:
 def test_bench_refuses_what_it_cannot_measure(words: list[str], capfd: Any) -> None:
     assert main.main(["bench", "kernels", "--device", "cpu", *words]) == 2
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_random_shapes_are_those_of_their_seed_and_ragged() -> None:
+    from anybit.cli.bench_kernels import random_shapes
+
+    assert random_shapes(4, 7) == random_shapes(4, 7) != random_shapes(4, 8)
+    assert all(k % 128 == 0 and 512 < n < 20_000 and 512 < k < 20_000 for n, k in random_shapes(20, 1))
+    assert {n % 2 for n, _ in random_shapes(4, 7)} == {0, 1}
+
+
+def test_bench_times_a_kernel_and_the_unquantized_product_in_turn(capfd: Any) -> None:
+    words = ["bench", "kernels", "--device", "cpu", "--shapes", "256x96,250x96", "--tokens", "3", "--schemes",
+             "int4_g128,int8_per_channel", "--kernel", "native-matvec,torch-tiled", "--json"]
+    assert main.main(words) == 0
+    document = told(capfd)
+    names = {(row["name"], row["shape"][1]) for row in document["rows"]}
+    assert names == {(name, k) for name in ("int4_g128", "int8_per_channel") for k in (256, 250)}
+    for row in document["rows"]:
+        assert row["unquantized_seconds"] > 0
+        assert row["times_unquantized"] > 0
+        assert row["spread"] >= 0
+
+
+def test_a_plan_is_proved_as_it_was_written(tiny: Path, capfd: Any, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    made = anybit.plan(str(tiny), detect("cpu"), dtype="float32", quantization="int4_g32_asym", kernel="torch-tiled")
+    plan.write_text(json.dumps(made.to_dict()))
+    assert main.main(["prove", str(tiny), "--device", "cpu", "--plan", str(plan), "--json"]) == 0
+    proofs = told(capfd)["proofs"]
+    quantized = {p["kernel"] for p in proofs if p["kind"] == "linear" and p["scheme"].startswith("uint4")}
+    assert quantized == {"torch-tiled"}
+
+
+def test_batch_invariant_kernels_are_proved_as_they_are_pinned(
+    tiny: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    found = StoredPlanes.__init__
+
+    def seeing(self: Any, *rest: Any, pinned: bool = False, **named: Any) -> None:
+        seen.append(pinned)
+        found(self, *rest, pinned=pinned, **named)
+
+    monkeypatch.setattr(StoredPlanes, "__init__", seeing)
+    assert main.main(["prove", str(tiny), *QUANTIZED, "--batch-invariant", "--json"]) == 0
+    document = told(capfd)
+    assert all(len(steps) == 1 for steps in document["kernels_now"].values())
+    assert seen
+    assert all(seen)
+
+
+def test_a_strict_proof_refuses_what_a_strict_run_would(tiny: Path, capfd: Any) -> None:
+    assert main.main(["prove", str(tiny), *QUANTIZED, "--strict"]) == 2
+    assert "changes the arithmetic" in capfd.readouterr().err
+
+
+def test_fit_prices_the_kernels_that_are_asked_for(tiny: Path, capfd: Any) -> None:
+    speeds = []
+    for words in ([], ["--kernel", "linear=torch-tiled"]):
+        assert main.main(["fit", str(tiny), "--on", "cpu", "--quantization", "int4_g32_asym", "--json", *words]) == 0
+        [answer] = told(capfd)["answers"]
+        speeds.append(answer["decode_tokens_per_second"])
+    assert speeds[1] < speeds[0]
+
+
+def test_fit_quantizes_only_what_is_named(tiny: Path, capfd: Any) -> None:
+    needed = []
+    for words in ([], ["--quantize-only", "re:.*down_proj"]):
+        assert main.main(["fit", str(tiny), "--on", "cpu", "--quantization", "int4_g32_asym", "--json", *words]) == 0
+        [answer] = told(capfd)["answers"]
+        needed.append(answer["needed_bytes"])
+    assert needed[1] > needed[0]
 
 
 def test_fit_answers_from_headers_without_torch(tiny: Path) -> None:

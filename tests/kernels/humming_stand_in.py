@@ -37,14 +37,19 @@ def words_of(bits: Tensor) -> Tensor:
 
 
 def repack_weight(
-    inputs: Tensor, weight_bits: int, activation_bits: int, is_weight_packed: bool, use_native_dequant: bool = False
-) -> Tensor:
-    """[N, K bits / 32] -> [K / 16, 16 N bits / 32]: the bits of each tile of 64 x 64 codes in another order."""
-    assert is_weight_packed and activation_bits == 16 and not use_native_dequant
+    inputs: Tensor, weight_bits: int, activation_bits: int, is_weight_packed: bool, use_packed_k_layout: bool = False,
+    use_native_dequant: bool = False,
+) -> Tensor:  # fmt: skip
+    """[N, K bits / 32] -> [K / columns, columns N bits / 32]: the bits of each tile of 64 x 64 codes in another order.
+
+    columns: 16 for activations of 16 bits, 32 for those of 8, 64 in the packed layout.
+    """
+    assert is_weight_packed and not use_native_dequant
+    columns = 64 if use_packed_k_layout else 256 // activation_bits
     n, k = inputs.shape[0], inputs.shape[1] * 32 // weight_bits
     tiles = bits_of(inputs).view(n // TILE, TILE, k // TILE, TILE * weight_bits).transpose(1, 2).flatten(2)
     shuffled = tiles[..., order_of(TILE * TILE * weight_bits, weight_bits)]
-    rows = shuffled.view(n // TILE, k // TILE, 4, -1).permute(1, 2, 0, 3).reshape(k // 16, -1)
+    rows = shuffled.view(n // TILE, k // TILE, TILE // columns, -1).permute(1, 2, 0, 3).reshape(k // columns, -1)
     return words_of(rows)
 
 
@@ -52,6 +57,15 @@ def transform_humming_weight_scale(weight_scale: Tensor, to_apply_on_c: bool = F
     turned = weight_scale.transpose(-1, -2).contiguous()
     order = order_of(TILE, 100 + to_apply_on_c)
     return turned.view(-1, TILE)[:, order].view(turned.shape)
+
+
+def _from_the_middle(words: Tensor, bits: int) -> Tensor:
+    """Offset binary codes as distances from the middle up, and from the code below it down."""
+    fields = bits_of(words).view(-1, bits)
+    codes = (fields << torch.arange(bits)).sum(-1)
+    middle = 2 ** (bits - 1)
+    codes = torch.where(codes >= middle, codes - middle, 2 * middle - 1 - codes)
+    return words_of((codes[:, None] >> torch.arange(bits) & 1).view(words.shape[0], -1))
 
 
 def _zero_points(packed: Tensor, bits: int) -> Tensor:
@@ -66,12 +80,13 @@ def _zero_points(packed: Tensor, bits: int) -> Tensor:
 
 def transform_humming_tensors(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     words, scale = tensors["weight"], tensors["weight_scale"]
-    if config.weight["dtype"] == "uint8" and config.dtype == "bfloat16":  # csrc: kShouldPreprocessForINT2FP
-        codes = words.view(torch.uint8)
-        words = torch.where(codes < 128, 255 - codes, codes - 128).view(torch.int32)
+    is_coded = config.dtype == "float8e4m3"
+    if is_coded or (config.weight["dtype"] == "uint8" and config.dtype == "bfloat16"):  # kShouldPreprocessForINT2FP
+        words = _from_the_middle(words, config.bits)
     if scale.dtype == torch.float8_e8m0fnu and config.dtype == "float16":  # transform.py: pack_e8m0_scale_for_fp16
         scale = ((scale.view(torch.uint8).int() - 112).clamp(0, 30) << 3).to(torch.uint8).view(scale.dtype)
-    made = {"weight": repack_weight(words, config.bits, 16, True)}
+    width, packed = (8, config.use_packed_k_layout) if is_coded else (16, False)
+    made = {"weight": repack_weight(words, config.bits, width, True, use_packed_k_layout=packed)}
     if config.weight.get("scale_type") == "tensor":
         made["weight_scale"] = scale
     elif config.weight.get("group_size_n"):
@@ -106,7 +121,8 @@ def modules(seen: Seen) -> dict[str, ModuleType]:
     def layer(n: int, k: int, weight: dict[str, Any], given: dict[str, Any], torch_dtype: Any, device: Any) -> Any:
         bits = next(int(c) for c in weight["dtype"] if c.isdigit())
         return SimpleNamespace(
-            weight=weight, bits=bits, dtype=given["dtype"], use_native_dequant=False, should_apply_bs_on_c=weight["group_size"] == 0,
+            weight=weight, bits=bits, dtype=given["dtype"], use_native_dequant=False,
+            use_packed_k_layout=given["dtype"] == "float8e4m3" and weight["group_size"] == 128, should_apply_bs_on_c=weight["group_size"] == 0,
             to_str=lambda: json.dumps([n, k, weight, given]),
         )
 

@@ -77,6 +77,12 @@ ACTIVE = {
 }
 
 
+CODED = {  # activations are multiplied as codes
+    f"int4 g{size} fp8": replace(grouped("int4", size), activation=ActivationSpec(E4M3, True, "token", "fp8_token"))
+    for size in (32, 64, 128)
+}
+
+
 def h200(*providers: str) -> Platform:
     return replace(named("h200"), providers=frozenset({"torch", "triton", *providers}))
 
@@ -93,7 +99,7 @@ def codes_against(scheme: Scheme, platform: Platform | None = None, **facts: obj
 # --- what is planned --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES.values(), *ACTIVE.values()], ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES.values(), *ACTIVE.values(), *CODED.values()], ids=str)
 def test_schemes_in_its_words_are_taken(scheme: Scheme) -> None:
     assert not codes_against(scheme)
 
@@ -132,7 +138,8 @@ def test_other_chips_are_refused_with_every_reason(platform: str, codes: set[str
     (Scheme("int4", (ScaleLevel(BF16, group(128)), ScaleLevel(F32, CHANNEL))), "second level"),
     (Scheme(E4M3, (ScaleLevel(F32, (64, 128)),)), "blocks (64, 128)"),
     (replace(SCHEMES["mxfp4"], activation=fp4_groups("nvfp4")), "weights without one"),
-    (replace(SCHEMES["fp8 channel"], activation=ActivationSpec(E4M3, True, "token", "fp8_token")), "8 bit block"),
+    (replace(SCHEMES["fp8 channel"], activation=ActivationSpec(E4M3, True, "token", "fp8_token")), "kernels of 8 bits"),
+    (replace(with_zeros("uint4"), activation=ActivationSpec(E4M3, True, "token", "fp8_token")), "kernels of 8 bits"),
 ])
 def test_what_it_has_no_words_for_is_refused_with_the_reason(scheme: Scheme, words: str) -> None:
     reasons = settings_of(scheme)
@@ -148,7 +155,8 @@ def test_shapes_and_dtypes_that_its_tiles_do_not_hold_are_refused() -> None:
     assert codes_against(ACTIVE["nvfp4 w4a4"], dtype=F16) == {"dtype"}
     assert codes_against(SCHEMES["int8 channel"], dtype=F16) == {"dtype"}
     assert not codes_against(nvfp4(), dtype=F16)
-    assert codes_against(nvfp4(), kind="embedding") == {"kind"}
+    assert codes_against(nvfp4(), kind="embedding") == codes_against(nvfp4(), kind="experts", shape=(8, 1024, 512)) == {
+        "kind"}
 
 
 @pytest.mark.parametrize(("scheme", "dtype", "words"), [
@@ -158,11 +166,35 @@ def test_shapes_and_dtypes_that_its_tiles_do_not_hold_are_refused() -> None:
     (grouped("int4"), BF16, "weights, partial sums and their sums to bfloat16"),
     (grouped("int4", format=F16), BF16, "scales, weights, partial sums and their sums to bfloat16"),
     (SCHEMES["fp8 channel"], BF16, "row scales, partial sums, their products and sums of these to bfloat16"),
+    (CODED["int4 g128 fp8"], BF16,
+     "sums of a group in the matrix unit's own adder (about 13 bits), partial sums and their sums to bfloat16"),
     (ACTIVE["nvfp4 w4a4"], BF16, "partial sums and their sums to bfloat16"),
     (ACTIVE["nvfp4 w4a4 by token"], BF16, "partial sums, their sums and sums before the factor of a row to bfloat16"),
 ])
 def test_it_says_what_it_rounds(scheme: Scheme, dtype: str, words: str) -> None:
     assert humming.rounds(request(scheme, dtype=dtype), h200("humming")) == words
+
+
+def test_codes_are_multiplied_where_the_chip_has_their_instructions() -> None:
+    a100 = replace(named("a100"), providers=frozenset({"torch", "humming"}))
+    assert codes_against(CODED["int4 g128 fp8"], a100) == {"arch"}
+    assert not codes_against(grouped("int4"), a100)
+
+
+@pytest.mark.parametrize("scheme", CODED.values(), ids=CODED.keys())
+def test_codes_beside_codes_are_stored_as_the_weight_and_given_with_their_scales(
+    seen: package.Seen, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = weight_of(scheme)
+    stored = prepared(weight)
+    assert torch.equal(stored.dequantize(), weight.dequantize())
+    assert all(asked["a"].dtype == torch.float8_e4m3fn and asked["as_"].shape == (1, 1) for asked in seen.launches)
+    seen.launches.clear()
+    codes, scale = torch.randint(0, 120, (3, 512), dtype=torch.uint8), torch.rand(3)
+    monkeypatch.setattr(stored, "_quantizer", lambda x: SimpleNamespace(codes=codes, scale=scale))
+    stored.linear(torch.randn(3, 512).bfloat16(), "decode", None, torch.bfloat16)
+    (asked,) = seen.launches
+    assert torch.equal(asked["a"].view(torch.uint8), codes) and torch.equal(asked["as_"], scale[:, None])
 
 
 def test_only_what_varies_by_row_is_left_to_an_epilogue() -> None:
@@ -172,7 +204,7 @@ def test_only_what_varies_by_row_is_left_to_an_epilogue() -> None:
 
 def test_another_version_of_the_package_or_another_package_of_its_name_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[]))
-    for version, known in (("0.1.19", True), ("0.2.0", False), (None, False)):
+    for version, known in (("0.1.19", True), ("0.1.20rc1", True), ("0.1.9", False), ("0.2.0", False), (None, False)):
         monkeypatch.setattr(importlib.metadata, "version", version_of(version))
         assert ("humming" in detection._providers()) is known
 
@@ -340,37 +372,75 @@ needs_both = pytest.mark.skipif(
     not torch.cuda.is_available() or "humming" not in detection._providers(), reason="no GPU, or no humming-kernels")
 
 
-def on_gpu(scheme: Scheme, shape: tuple[int, int] = (256, 1024)) -> tuple[QuantizedWeight, StoredHumming]:
-    weight = weight_of(scheme, shape).to("cuda")
-    return weight, prepared(weight)
+def on_gpu(scheme: Scheme, dtype: torch.dtype = torch.bfloat16) -> tuple[QuantizedWeight, StoredHumming]:
+    weight = weight_of(scheme, GPU_SHAPE).to("cuda")
+    return weight, prepared(weight, dtype)
+
+
+def faults_of(weight: QuantizedWeight, stored: StoredHumming, dtype: torch.dtype) -> dict[str, str]:
+    name = str(dtype).removeprefix("torch.")
+    rounds = humming.rounds(request(weight.scheme, dtype=name), h200("humming"))
+    tried = {label: compare(weight, product_of(weight, stored), x, rounds).fault
+             for label, x in probes(weight.shape[1], dtype, "cuda")}
+    return {label: fault for label, fault in tried.items() if fault}
+
+
+GPU_SHAPE = (256, 1024)  # every scheme is compiled for it, eight kernels each
+HALVES = ("int4 g128", "uint4 zp g128", "nvfp4", "mxfp4", "fp8 block")
 
 
 @gpu
 @needs_both
-@pytest.mark.parametrize("scheme", [*SCHEMES.values(), *ACTIVE.values()], ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES.values(), *ACTIVE.values(), *CODED.values()], ids=str)
 def test_results_are_within_the_bound_for_every_range_of_m(scheme: Scheme) -> None:
     weight, stored = on_gpu(scheme)
-    rounds = humming.rounds(request(scheme), h200("humming"))
-    faults = {label: compare(weight, product_of(weight, stored), x, rounds).fault
-              for label, x in probes(weight.shape[1], torch.bfloat16, "cuda")}
-    assert not any(faults.values()), {label: fault for label, fault in faults.items() if fault}
+    assert torch.allclose(stored.dequantize(), reference(weight, torch.bfloat16), rtol=2**-22, atol=0)
+    assert not faults_of(weight, stored, torch.bfloat16)
 
 
 @gpu
 @needs_both
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
-def test_what_the_package_stores_is_the_weight(scheme: Scheme, dtype: torch.dtype) -> None:
-    weight = weight_of(scheme).to("cuda")
-    assert torch.allclose(prepared(weight, dtype).dequantize(), reference(weight, dtype), rtol=2**-22, atol=0)
+@pytest.mark.parametrize("name", HALVES)
+def test_float16_activations_too(name: str) -> None:
+    weight, stored = on_gpu(SCHEMES[name], torch.float16)
+    assert torch.allclose(stored.dequantize(), reference(weight, torch.float16), rtol=2**-22, atol=0)
+    assert not faults_of(weight, stored, torch.float16)
+
+
+@gpu
+@needs_both
+@pytest.mark.parametrize(("name", "low", "high"), [("nvfp4", 0, 0x7F), ("mxfp4", 127 - 100, 127 + 101)])
+def test_every_scale_that_is_not_refused_is_exact(name: str, low: int, high: int) -> None:
+    weight = weight_of(SCHEMES[name], GPU_SHAPE).to("cuda")
+    made = torch.Generator().manual_seed(3)
+    scale = torch.randint(low, high, weight.scales[0].shape, generator=made, dtype=torch.int16).to(torch.uint8)
+    changed = replace(weight, scales=(scale.cuda(), *weight.scales[1:]))
+    # one group at a time, so that no large one hides what a small one is rounded to
+    stored, exact, size = prepared(changed), changed.dequantize(), weight.scheme.scales[0].block[1]
+    x = torch.zeros(GPU_SHAPE[1] // size, GPU_SHAPE[1], device="cuda", dtype=torch.bfloat16)
+    for row in range(len(x)):
+        x[row, row * size] = 1.0
+    y = stored.linear(x, "prefill", None, torch.bfloat16)
+    assert torch.equal(y, exact[:, ::size].T.to(torch.bfloat16))
+
+
+@gpu
+@needs_both
+def test_blocks_of_zeros_stay_zero() -> None:
+    weight = weight_of(nvfp4(), GPU_SHAPE).to("cuda")
+    scale = weight.scales[0].clone()
+    scale[:128] = 0
+    stored = prepared(replace(weight, scales=(scale, weight.scales[1])))
+    y = stored.linear(torch.randn(33, GPU_SHAPE[1], device="cuda").bfloat16(), "small", None, torch.bfloat16)
+    assert not y[:, :128].any() and y[:, 128:].any()
 
 
 @gpu
 @needs_both
 @pytest.mark.parametrize("m", [1, 9, 40, 300])
 def test_a_captured_call_takes_new_inputs(m: int) -> None:
-    _, stored = on_gpu(ACTIVE["nvfp4 w4a4"], (6144, 4096))
-    x = torch.randn(m, 4096, device="cuda", dtype=torch.bfloat16)
+    _, stored = on_gpu(ACTIVE["nvfp4 w4a4"])
+    x = torch.randn(m, GPU_SHAPE[1], device="cuda", dtype=torch.bfloat16)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):

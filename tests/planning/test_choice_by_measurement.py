@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from anybit.kernels.catalogue import KERNELS, kernel
 from anybit.kernels.request import ANY, BUCKETS, REGIMES, Kernels, Request, priced_at, regime_of
 from anybit.planning import measured
 from anybit.planning.choose import Choice, MeasuredKey, Policy, choose, price_of
-from anybit.planning.interpolate import interpolated
+from anybit.planning.interpolate import Near, nearest, ratio_at
+from anybit.planning.measured import Measured
 from anybit.planning.regret import ALLOWED, Regret, regrets, worst
 from anybit.platforms import named
-from anybit.schemes import CHANNEL, ActivationSpec, ScaleLevel, Scheme, dense, group
+from anybit.schemes import CHANNEL, ActivationSpec, Offset, ScaleLevel, Scheme, dense, group
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "h200.json"
@@ -89,6 +91,13 @@ def test_each_bucket_takes_the_kernel_that_was_fastest_there() -> None:
                                                          "triton-expand"]
 
 
+def test_a_kernel_goes_on_where_another_is_faster_by_less_than_two_measurements_differ() -> None:
+    fused = times("triton-fused", {1: 1e-6, 64: 1e-6, 96: 1.01e-6, 128: 1.04e-6, 192: 1e-6})
+    expand = times("triton-expand", {96: 1e-6, 128: 1e-6, 192: 0.99e-6})
+    names = chosen(fused | expand).names
+    assert [names.at(m) for m in (96, 128, 192)] == ["triton-fused", "triton-expand", "triton-expand"]
+
+
 def test_the_kernels_of_regimes_are_those_at_the_m_that_stand_for_them() -> None:
     choice = chosen({})
     for regime, (_, priced) in REGIMES.items():
@@ -122,21 +131,21 @@ def model(shape: tuple[int, int], tokens: int) -> float:
 def test_a_kernel_that_takes_twice_its_modelled_time_does_so_on_other_shapes() -> None:
     points = {shape: {m: 2 * model(shape, m) for m in (1, 256)} for shape in ((4096, 4096), (8192, 1024))}
     for shape, tokens in (((5000, 3000), 1), ((128, 65536), 40), ((4096, 4096), 5000)):
-        assert interpolated(points, model, shape, tokens) == pytest.approx(2 * model(shape, tokens))
+        assert ratio_at(points, model, shape, tokens) == pytest.approx(2)
 
 
 def test_the_ratio_goes_over_from_one_measured_m_to_the_next() -> None:
     points = {SHAPE: {16: model(SHAPE, 16), 256: 4 * model(SHAPE, 256)}}
-    assert interpolated(points, model, SHAPE, 64) == pytest.approx(2 * model(SHAPE, 64))  # the middle of 16 and 256
-    assert interpolated(points, model, SHAPE, 1) == pytest.approx(model(SHAPE, 1))
-    assert interpolated(points, model, SHAPE, 4096) == pytest.approx(4 * model(SHAPE, 4096))
+    assert ratio_at(points, model, SHAPE, 64) == pytest.approx(2)  # the middle of 16 and 256
+    assert ratio_at(points, model, SHAPE, 1) == pytest.approx(1)
+    assert ratio_at(points, model, SHAPE, 4096) == pytest.approx(4)
 
 
 def test_the_nearest_measured_shape_says_most() -> None:
     points = {(1024, 1024): {1: model((1024, 1024), 1)}, (16384, 16384): {1: 3 * model((16384, 16384), 1)}}
     small, large = ((n, n) for n in (1200, 14000))
-    assert 1 <= interpolated(points, model, small, 1) / model(small, 1) < 1.1
-    assert 2.7 < interpolated(points, model, large, 1) / model(large, 1) <= 3
+    assert 1 <= ratio_at(points, model, small, 1) < 1.1
+    assert 2.7 < ratio_at(points, model, large, 1) <= 3
 
 
 def test_a_price_says_where_it_comes_from() -> None:
@@ -147,6 +156,38 @@ def test_a_price_says_where_it_comes_from() -> None:
     assert price_of(fused, asked(shape=(4096, 8192)).of(1), H200, policy).source == "interpolated"
     assert price_of(fused, asked(FP8).of(1), H200, policy).source == "modelled"
     assert price_of(kernel("triton-matvec"), asked().of(1), H200, policy).source == "modelled"
+
+
+ZERO_POINTS = Scheme("uint4", (ScaleLevel("float16", group(128)),), offset=Offset("zero_point", "uint4", group(128)))
+INT8 = Scheme("int8", (ScaleLevel("float32", CHANNEL),))
+
+
+def test_a_scheme_that_was_not_measured_takes_the_ratios_of_the_nearest() -> None:
+    policy = Measured({("triton-fused", str(INT4), *SHAPE, "bfloat16", 1): 1.0}, schemes={str(INT4): INT4}).policy(
+        "float16")
+    fused = kernel("triton-fused")
+    of_int4 = 1.0 / fused.seconds(asked().of(1), H200)
+    price = price_of(fused, replace(asked(ZERO_POINTS), dtype="float16").of(1), H200, policy)
+    assert price.source == "interpolated"
+    ours = fused.seconds(replace(asked(ZERO_POINTS), dtype="float16").of(1), H200)
+    assert price.seconds == pytest.approx(of_int4 * ours)
+
+
+@pytest.mark.parametrize("other", [INT8, FP8, dense("bfloat16")], ids=str)
+def test_a_scheme_of_other_bits_or_other_activations_is_not_near(other: Scheme) -> None:
+    assert nearest([Near(INT4, "bfloat16", {SHAPE: {1: 1.0}})], other, "bfloat16") is None
+
+
+def test_float32_activations_are_not_near_to_16_bits() -> None:
+    assert nearest([Near(INT4, "bfloat16", {SHAPE: {1: 1.0}})], INT4, "float32") is None
+
+
+def test_of_two_near_schemes_the_nearer_one_counts() -> None:
+    coarse = Scheme("int4", (ScaleLevel("bfloat16", CHANNEL),))
+    points = {SHAPE: {1: 1.0}}
+    found = nearest([Near(coarse, "bfloat16", points), Near(INT4, "bfloat16", points)], ZERO_POINTS, "bfloat16")
+    assert found is not None
+    assert found.scheme == INT4
 
 
 # --- regret -----------------------------------------------------------------------------------------------------------

@@ -287,7 +287,8 @@ def cache_rows(plan: Plan) -> list[tuple[str, ...]]:
 def memory_rows(plan: Plan) -> list[tuple[str, ...]]:
     """Predicted memory as label and text."""
     memory = plan.memory
-    parts = [f"weights {size(memory.weights)}", f"plain tensors {size(memory.plain)}",
+    parts = [f"weights {size(memory.weights)} ({size(memory.checkpoint)} before repacking)",
+             f"plain tensors {size(memory.plain)}",
              f"workspace {size(memory.workspace)}", f"cache {size(memory.cache_per_token)} a token"]
     total = f"{size(memory.at(CONTEXT))} with {CONTEXT:,} tokens, {size(memory.loading)} more while loading"
     return [("memory", " · ".join(parts)), ("", f"predicted: {total}")]

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import anybit
+from anybit.checkpoints.online import online
 from anybit.cli import options
 from anybit.cli.folding import part_names
 from anybit.cli.output import Output, make_output, shown, size
@@ -30,7 +31,14 @@ def fit_command(
         int, typer.Option("--batch", min=1, max=1_000_000, help="sequences at a time", rich_help_panel=options.CHOICE)
     ] = 1,
     quantization: options.Quantization = None,
+    quantize_only: options.QuantizeOnly = None,
+    quantize_ignore: options.QuantizeIgnore = None,
     dtype: options.Dtype = None,
+    kernel: options.Kernel = None,
+    kv_cache: options.KVCache = "auto",
+    strict: options.Strict = False,
+    batch_invariant: options.BatchInvariant = False,
+    plan: options.PlanFile = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -39,15 +47,18 @@ def fit_command(
     anybit fit ./qwen3-32b-awq --on rtx4090,mi300x --context 32768
 
     anybit fit smollm2 --on cpu --batch 16 --json
+
+    anybit fit ./qwen3-8b --quantization nvfp4 --kv-cache none --batch-invariant
     """
     output = make_output("json" if json else "quiet" if quiet else "human")
     checkpoint = anybit.open(model)
-    names = options.platform_names(on)
+    asked = online(quantization, quantize_only, quantize_ignore)
     answers = []
-    for name in names:
-        plan = anybit.plan(checkpoint, name, dtype=dtype, quantization=quantization)
-        plan.demand_complete()
-        answers.append(fit(plan, checkpoint.layers, checkpoint.config, context, batch))
+    for name in options.platform_names(on):
+        made = anybit.plan(checkpoint, name, dtype=dtype, quantization=asked, kernel=kernel, kv_cache=kv_cache,
+                           strict=strict, batch_invariant=batch_invariant, plan=plan)
+        made.demand_complete()
+        answers.append(fit(made, checkpoint.layers, checkpoint.config, context, batch))
     if json:
         output.document("fit", {"model": model, "answers": [answer.to_dict() for answer in answers]})
         return
@@ -85,9 +96,9 @@ def _verdict(answer: Fit) -> str:
 
 def _rows(answer: Fit) -> Iterator[tuple[str, ...]]:
     memory = answer.plan.memory
-    yield "needs", (f"{size(answer.needed)} of {size(answer.available)}: weights {size(memory.weights)}, plain tensors "
-                    f"{size(memory.plain)}, cache {size(memory.cache(answer.context, answer.batch))}, "
-                    f"workspace {size(memory.workspace)}")
+    yield "needs", (f"{size(answer.needed)} of {size(answer.available)}: weights {size(memory.weights)} "
+                    f"({size(memory.checkpoint)} before repacking), plain tensors {size(memory.plain)}, "
+                    f"cache {size(memory.cache(answer.context, answer.batch))}, workspace {size(memory.workspace)}")
     if memory.cache_per_token:
         own = f"; the model's own limit is {answer.own_context:,}" if answer.own_context else ""
         yield "context", f"up to {answer.most_context:,} tokens for each of {answer.batch}{own}"

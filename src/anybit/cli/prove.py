@@ -29,7 +29,12 @@ def prove(
     device: options.Device = None,
     dtype: options.Dtype = None,
     quantization: options.Quantization = None,
+    quantize_only: options.QuantizeOnly = None,
+    quantize_ignore: options.QuantizeIgnore = None,
     kernel: options.Kernel = None,
+    strict: options.Strict = False,
+    batch_invariant: options.BatchInvariant = False,
+    plan: options.PlanFile = None,
     forget: Annotated[
         bool, typer.Option("--forget", help="first forget which kernels were found wrong on this machine",
                            rich_help_panel=options.CHOICE)
@@ -40,13 +45,15 @@ def prove(
     """Run every kernel of the plan on the model's own weights and compare with the float64 product.
 
     A kernel outside its derived bound is named, disqualified on this machine, and the next best is planned and proved
-    in its place. Exit code 1 if any failed.
+    in its place (not with --plan or --kernel, which leave no choice). Exit code 1 if any failed.
 
     anybit prove smollm2
 
     anybit prove ./qwen3-8b-nvfp4 --device cuda
 
     anybit prove ./model --forget --json
+
+    anybit prove ./model --plan plan.json
     """
     output = make_output("json" if json else "quiet" if quiet else "human")
     checkpoint = open_for_running(model, output, tokenizer=False)
@@ -57,25 +64,26 @@ def prove(
     if forget and known.disproved:
         known.disproved.clear()
         measured.write(platform, known)
-    asked = online(quantization)
-    rules = None if asked is None else quantizer(asked)
+    asked = online(quantization, quantize_only, quantize_ignore)
     proofs: list[Proof] = []
     failed: list[Proof] = []
     while True:
-        plan = make_plan(checkpoint, platform, dtype=dtype, quantization=asked, kernel=kernel, known=known)
+        made = make_plan(checkpoint, platform, dtype=dtype, quantization=asked, kernel=kernel, strict=strict,
+                         batch_invariant=batch_invariant, plan=plan, known=known)
         if not failed:
-            plan.demand_complete()  # later, what runs no more is part of the report
+            made.demand_complete()  # later, what runs no more is part of the report
+        rules = quantizer(made.quantization) if made.quantization is not None else None
         done = {(p.kernel, p.scheme, p.planned_shape) for p in proofs}
-        found = _prove(checkpoint, plan, options.torch_device(device, platform), rules, output, done)
+        found = _prove(checkpoint, made, options.torch_device(device, platform), rules, output, done)
         wrong = [proof for proof in found if not proof.ok]
         proofs += found
         failed += wrong
         if not wrong:
             break
         _disqualify(platform, known, wrong, output)
-        if kernel is not None:
+        if kernel is not None or plan is not None:
             break
-    _report(output, model, plan, proofs, failed, json=json)
+    _report(output, model, made, proofs, failed, json=json)
     raise typer.Exit(_EXIT_FAILED if failed else EXIT_OK)
 
 
@@ -87,7 +95,7 @@ def _prove(
     from anybit.hosts.proving import prove as run
 
     units = tuple(u for u in plan.units
-                  if not {(c.spec.name, str(u.scheme), u.shape) for c in u.choice.kernels.values()} <= done)
+                  if not {(name, str(u.scheme), u.shape) for name in u.choice.names.used} <= done)
     with output.progress("proving", len(units), unit="layers") as advance:
         return list(run(checkpoint, replace(plan, units=units), device, rules,
                         lambda _: advance(1)))

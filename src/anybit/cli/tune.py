@@ -16,7 +16,7 @@ from anybit.cli.output import Output, counted, duration, make_output, shown
 from anybit.errors import Unsupported
 from anybit.kernels.request import BUCKETS, Request
 from anybit.planning import measured
-from anybit.planning.choose import Policy
+from anybit.planning.choose import Choice, Policy, choose
 from anybit.planning.regret import Regret, regrets, worst
 from anybit.platforms import Platform, detect
 from anybit.schemes import Layer, Scheme, dense
@@ -77,8 +77,10 @@ def tune(
         output.warning(remark)
     subjects = list(dict.fromkeys(subject for text in what for subject in _subjects(text)))
     counts = numbers(tokens or TOKENS.get(platform.vendor, ALL_TOKENS))
-    timings = _timings(output, subjects, platform, options.torch_device(device, platform), name, counts)
+    device = options.torch_device(device, platform)
+    timings = _timings(output, subjects, platform, device, name, counts, known)
     if not check:
+        known.schemes |= {str(subject.scheme): subject.scheme for subject in subjects}
         _keep(platform, known, timings)
     found = [regret for subject in subjects for regret in _regrets(subject, platform, name, known, timings)]
     if json:
@@ -96,7 +98,8 @@ def tune(
 
 
 def _timings(
-    output: Output, subjects: list[Subject], platform: Platform, device: str, dtype: str, tokens: list[int]
+    output: Output, subjects: list[Subject], platform: Platform, device: str, dtype: str, tokens: list[int],
+    known: measured.Measured,
 ) -> list[Timing]:
     from anybit.hosts.tuning import measure
     from anybit.hosts.warming import tasks_of, warm, workers_for
@@ -108,7 +111,10 @@ def _timings(
         warm(tasks, device, workers_for(len(tasks)))
     with output.progress("measuring", len(subjects), unit="layers") as advance:
         for subject in subjects:
-            timings += measure(sample_weight(subject.scheme, subject.shape), platform, device, dtype, tokens)
+            weight = sample_weight(subject.scheme, subject.shape)
+            choice = choose(_asked(subject, dtype), platform, policy=_policy(known, dtype))
+            planned = choice.names.used if isinstance(choice, Choice) else ()
+            timings += measure(weight, platform, device, dtype, tokens, always=planned)
             advance(1)
     return timings
 
@@ -121,8 +127,15 @@ def _regrets(
     for timing in timings:
         if (timing.scheme, timing.shape) == (str(subject.scheme), subject.shape) and not timing.fault:
             times.setdefault(timing.tokens, {})[timing.kernel] = timing.seconds
-    policy = Policy(measured=known.prices(dtype), disproved=known.disproved)
-    return list(regrets(Request("linear", subject.scheme, subject.shape, dtype), platform, policy, times))
+    return list(regrets(_asked(subject, dtype), platform, _policy(known, dtype), times))
+
+
+def _asked(subject: Subject, dtype: str) -> Request:
+    return Request("linear", subject.scheme, subject.shape, dtype)
+
+
+def _policy(known: measured.Measured, dtype: str) -> Policy:
+    return known.policy(dtype)
 
 
 def _subjects(text: str) -> Iterator[Subject]:

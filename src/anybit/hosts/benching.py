@@ -99,7 +99,7 @@ def _model(
         model = LlamaForCausalLM(made)
     rules = None if quantization is None else quantizer(quantization)
     known = measured.read(platform)
-    policy = Policy(measured=known.prices(str(dtype).removeprefix("torch.")), disproved=known.disproved)
+    policy = known.policy(str(dtype).removeprefix("torch."))
     for index, (path, module) in enumerate(list(model.named_modules())):
         if not isinstance(module, nn.Linear):
             continue

@@ -15,7 +15,7 @@ from anybit.kernels.catalogue import implementation
 from anybit.kernels.product import product_of
 from anybit.kernels.request import Regime, Request
 from anybit.planning import measured
-from anybit.planning.choose import Choice, Policy, choose
+from anybit.planning.choose import Choice, choose
 from anybit.planning.measured import Measured
 from anybit.platforms import Platform, detect
 from anybit.schemes import dense
@@ -80,7 +80,7 @@ def linear(
     made = _canonical(weight, scheme, bias).to(where)
     platform, known = _here(str(where))
     name = str(dtype).removeprefix("torch.")
-    policy = Policy(strict, batch_invariant, known.prices(name), known.disproved)
+    policy = known.policy(name, strict=strict, batch_invariant=batch_invariant)
     choice = choose(Request("linear", made.scheme, tuple(made.shape), name), platform, kernel, policy)
     if not isinstance(choice, Choice):
         reasons = dict.fromkeys(f"{r.kernel}: {reason.text}" for r in choice for reason in r.reasons)

@@ -71,10 +71,10 @@ def make_plan(
         _demand_alone(quantization, kernel)
         written = read_plan(plan)
         chosen = written.dtype if dtype is None else choose_dtype(dtype, checkpoint, platform)
-        policy = Policy(strict, batch_invariant, known.prices(chosen), known.disproved)
+        policy = known.policy(chosen, strict=strict, batch_invariant=batch_invariant)
         return with_notes(_replayed(written, checkpoint, platform, chosen, policy), *known.remarks)
     chosen = choose_dtype(dtype, checkpoint, platform)
-    policy = Policy(strict, batch_invariant, known.prices(chosen), known.disproved)
+    policy = known.policy(chosen, strict=strict, batch_invariant=batch_invariant)
     asked = online(quantization)
     rules = quantizer(asked) if asked is not None else None
     texts = [kernel] if isinstance(kernel, str) else list(kernel or ())

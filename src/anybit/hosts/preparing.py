@@ -67,4 +67,4 @@ class Preparing:
 
 
 def _named(choice: Choice, asked: Request) -> set[tuple[str, str]]:
-    return {(name, str(asked.scheme)) for name in choice.names.values()}
+    return {(name, str(asked.scheme)) for name in choice.names.used}

@@ -92,7 +92,9 @@ def _unit_proofs(
                      tried, worst.worst, worst.relative, probe, fault)
 
     try:
-        stored = implementation(unit.choice.spec).prepare(weight, dtype, unit.choice.names)
+        prepare = implementation(unit.choice.spec).prepare
+        pinned = {"pinned": True} if plan.policy.batch_invariant else {}
+        stored = prepare(weight, dtype, unit.choice.names, **pinned)
     except Exception as error:
         yield proof(unit.choice.spec.name, 0, Difference(float("inf"), float("inf")), "prepare", _said(error))
         return

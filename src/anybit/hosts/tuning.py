@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -33,7 +33,7 @@ EMPTY_LAUNCH_SECONDS: Final = 0.7e-6  # an empty kernel in a graph, measured on 
 _MAX_COPIES: Final = 64
 _TURNS: Final = 3  # times that a kernel and the unquantized product are timed, in turn
 _TURN_SECONDS: Final = 0.01
-_HOPELESS: Final = 8.0  # times the least modelled time: not worth the wait
+_HOPELESS: Final = 5.0  # times the least modelled time: not worth the wait
 
 
 @dataclass(frozen=True)
@@ -112,16 +112,17 @@ def _synchronize(kind: str) -> None:
 
 def measure(
     weight: Weight, platform: Platform, device: torch.device | str, dtype: str, tokens: Sequence[int],
-    kernels: Sequence[str] | None = None, beside: Mapping[int, Clock] | None = None,
+    kernels: Sequence[str] | None = None, beside: Mapping[int, Clock] | None = None, always: Collection[str] = (),
 ) -> Iterator[Timing]:
     """Every capable kernel on a weight [N, K] at each number of tokens, correct before timed.
 
     kernels  only these; without, kernels of many times the least modelled time are left out
     beside   torch's unquantized product by number of tokens, timed in turn with each kernel
+    always   kernels that are timed whatever the model says of them
     """
     weight = weight.to(device)
     asked = Request("linear", weight.scheme, weight.shape, dtype)
-    able = capable(asked, platform, tokens, kernels)
+    able = capable(asked, platform, tokens, kernels, always)
     oracles: dict[int, Oracle] = {}
     with torch.inference_mode():
         for spec, counts in able.items():
@@ -135,7 +136,8 @@ def measure(
 
 
 def capable(
-    asked: Request, platform: Platform, tokens: Sequence[int], kernels: Sequence[str] | None = None
+    asked: Request, platform: Platform, tokens: Sequence[int], kernels: Sequence[str] | None = None,
+    always: Collection[str] = (),
 ) -> dict[KernelSpec, list[int]]:
     """The kernels that can run a layer, and at which numbers of tokens they are worth timing."""
     found: dict[KernelSpec, list[int]] = {}
@@ -144,7 +146,8 @@ def capable(
         modelled = {spec: spec.seconds(asked.of(m), platform) for spec in able}
         for spec in able:
             is_hopeless = modelled[spec] > _HOPELESS * max(min(modelled.values()), 1e-6)
-            if spec.name in kernels if kernels is not None else not is_hopeless:
+            is_wanted = not is_hopeless if kernels is None else spec.name in kernels
+            if is_wanted or spec.name in always:
                 found.setdefault(spec, []).append(m)
     return {spec: found[spec] for spec in KERNELS if spec in found}
 

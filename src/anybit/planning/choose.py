@@ -18,7 +18,7 @@ from typing import Final, Literal, NamedTuple
 from anybit.errors import Unsupported
 from anybit.kernels.catalogue import KERNELS
 from anybit.kernels.request import ANY, BUCKETS, REGIMES, Kernels, KernelSpec, Reason, Regime, Request, regime_of
-from anybit.planning.interpolate import Points, interpolated
+from anybit.planning.interpolate import Near, Points, nearest, ratio_at
 from anybit.planning.invariance import reason_against_invariance
 from anybit.platforms import Platform
 
@@ -39,6 +39,10 @@ def _none_wrong() -> Mapping[tuple[str, str], str]:
     return MappingProxyType({})
 
 
+def _none_near() -> Mapping[str, tuple[Near, ...]]:
+    return MappingProxyType({})
+
+
 @dataclass(frozen=True)
 class Policy:
     """What narrows and informs every choice of a plan, beside the platform.
@@ -46,6 +50,7 @@ class Policy:
     strict            only kernels that carry out the declared arithmetic without further rounding
     batch_invariant   one kernel for all M, whose rows do not depend on their batch
     measured          seconds of one call on this machine, or on one like it
+    near              kernel -> what was measured of it on any scheme, for schemes that were not
     disproved         (kernel, printed scheme) -> what was wrong when it ran here: such kernels are left out
     """
 
@@ -53,6 +58,7 @@ class Policy:
     batch_invariant: bool = False
     measured: Mapping[MeasuredKey, float] = field(default_factory=_nothing_measured)
     disproved: Mapping[tuple[str, str], str] = field(default_factory=_none_wrong)
+    near: Mapping[str, tuple[Near, ...]] = field(default_factory=_none_near)
 
     @cached_property
     def points(self) -> Mapping[tuple[str, str], Points]:
@@ -230,19 +236,22 @@ def _strict_reasons(spec: KernelSpec, asked: Request, platform: Platform) -> Ite
 
 def price_of(spec: KernelSpec, asked: Request, platform: Platform, policy: Policy) -> Price:
     """Measured if a measurement of this product by this kernel is at hand, else interpolated, else modelled."""
-    rows, columns = asked.shape[-2:]
-    points = policy.points.get((spec.name, str(asked.scheme))) if policy.measured else None
-    if points is None:
-        return Price(spec.seconds(asked, platform))
-    found = points.get((rows, columns), {}).get(asked.tokens)
-    if found is not None:
-        return Price(found, "measured")
+    shape, tokens = asked.shape[-2:], asked.tokens
+    points = policy.points.get((spec.name, str(asked.scheme)))
+    seconds = None if points is None else points.get((shape[0], shape[1]), {}).get(tokens)
+    if seconds is not None:
+        return Price(seconds, "measured")
+    like = None if points is not None else nearest(policy.near.get(spec.name, ()), asked.scheme, asked.dtype)
+    modelled = spec.seconds(asked, platform)
+    if points is None and like is None:
+        return Price(modelled)
+    known = asked if like is None else replace(asked, scheme=like.scheme, dtype=like.dtype)
 
-    def modelled(shape: tuple[int, int], tokens: int) -> float:
-        return spec.seconds(replace(asked, kind="linear", shape=shape, regime=regime_of(tokens), at=tokens), platform)
+    def model(shape: tuple[int, int], tokens: int) -> float:
+        return spec.seconds(replace(known, kind="linear", shape=shape, regime=regime_of(tokens), at=tokens), platform)
 
-    guessed = interpolated(points, modelled, (rows, columns), asked.tokens)
-    return Price(guessed, "interpolated")
+    ratio = ratio_at(points or like.points, model, (shape[0], shape[1]), tokens)  # type: ignore[union-attr]
+    return Price(modelled * ratio, "interpolated")
 
 
 def demand_known(kernel: str) -> None:
@@ -254,15 +263,32 @@ def demand_known(kernel: str) -> None:
                           remedy=f"perhaps {' or '.join(near)}" if near else "`anybit explain MODEL` shows why not")
 
 
+_TIE: Final = 1.02  # two measurements of one kernel differ by as much
+
+
 def _cheapest(able: Able) -> Layouts:
-    """Layout -> its cheapest kernel in every bucket, for the layouts that cover all."""
+    """Layout -> its cheapest kernel in every bucket, for the layouts that cover all.
+
+    The kernel of the bucket before goes on where none is faster beyond a tie, so that noise makes no steps.
+    """
     made: Layouts = {}
     for priced, found in able.items():
         for chosen in found:
             best = made.setdefault(chosen.spec.layout, {}).get(priced)
             if best is None or chosen.price.seconds < best.price.seconds:
                 made[chosen.spec.layout][priced] = chosen
+        for chosen_here in made.values():
+            if priced in chosen_here:
+                chosen_here[priced] = _going_on(chosen_here, priced, found)
     return {layout: found for layout, found in made.items() if set(found) == set(able)}
+
+
+def _going_on(chosen: Mapping[int, Chosen], priced: int, found: list[Chosen]) -> Chosen:
+    """The cheapest kernel of a bucket, or that of the bucket before where they tie."""
+    least = chosen[priced]
+    before = [c.spec for m, c in chosen.items() if m < priced][-1:]
+    ties = (c for c in found if c.spec in before and c.price.seconds <= _TIE * least.price.seconds)
+    return next(ties, least)
 
 
 def _one_kernel_each(able: Able) -> Layouts:

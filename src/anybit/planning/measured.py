@@ -21,8 +21,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from anybit.planning.choose import MeasuredKey
+from anybit.planning.choose import MeasuredKey, Policy
+from anybit.planning.interpolate import Near, Points
+from anybit.planning.records import scheme_from_dict, scheme_to_dict
 from anybit.platforms import Platform
+from anybit.schemes import Scheme
 
 VERSION: Final = 2
 _LIBRARIES: Final = ("anybit", "torch", "triton", "humming-kernels", "aiter")
@@ -40,12 +43,27 @@ class Measured:
     disproved  (kernel, printed scheme) -> what was wrong when it ran here
     remarks    why a file was ignored, for the user
     source     where the times come from
+    schemes    printed scheme -> the scheme, of those that were measured
     """
 
     seconds: dict[Cell, float] = field(default_factory=dict)
     disproved: dict[tuple[str, str], str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
     source: str = "measured here"
+    schemes: dict[str, Scheme] = field(default_factory=dict)
+
+    def policy(self, dtype: str, *, strict: bool = False, batch_invariant: bool = False) -> Policy:
+        """The policy of a plan that knows all this, for activations of one dtype."""
+        return Policy(strict, batch_invariant, self.prices(dtype), self.disproved, self._near())
+
+    def _near(self) -> dict[str, tuple[Near, ...]]:
+        points: dict[str, dict[tuple[str, str], Points]] = {}
+        for (kernel, scheme, n, k, dtype, tokens), seconds in self.seconds.items():
+            if scheme in self.schemes:
+                by_shape = points.setdefault(kernel, {}).setdefault((scheme, dtype), {})
+                by_shape.setdefault((n, k), {})[tokens] = seconds
+        return {kernel: tuple(Near(self.schemes[scheme], dtype, found) for (scheme, dtype), found in by_scheme.items())
+                for kernel, by_scheme in points.items()}
 
     def prices(self, dtype: str) -> dict[MeasuredKey, float]:
         """The times for activations of one dtype, as the chooser wants them."""
@@ -92,6 +110,7 @@ def read(platform: Platform) -> Measured:
         prior.remarks = (*prior.remarks, f"measurements in {path} are ignored: {error}")
         return prior
     found.seconds = {**prior.seconds, **found.seconds}
+    found.schemes = {**prior.schemes, **found.schemes}
     return found
 
 
@@ -102,7 +121,12 @@ def _parse(text: str, key: Mapping[str, str]) -> Measured:
     if document["key"] != dict(key):
         raise ValueError("of another device or other library versions")
     disproved = {(str(row["kernel"]), str(row["scheme"])): str(row["what"]) for row in document["disproved"]}
-    return Measured(_cells(document["cells"]), disproved)
+    return Measured(_cells(document["cells"]), disproved, schemes=_schemes(document["schemes"]))
+
+
+def _schemes(rows: Iterable[Mapping[str, Any]]) -> dict[str, Scheme]:
+    found = [scheme_from_dict(row) for row in rows]
+    return {str(scheme): scheme for scheme in found}
 
 
 def _cells(rows: Iterable[Mapping[str, Any]]) -> dict[Cell, float]:
@@ -134,7 +158,8 @@ def _prior(platform: Platform) -> Measured:
             continue
         document = json.loads(file.read_text())
         if document["arch"] == platform.arch and document["device"] in plain:
-            return Measured(_cells(document["cells"]), source=f"measured on {document['title']}")
+            return Measured(_cells(document["cells"]), source=f"measured on {document['title']}",
+                            schemes=_schemes(document["schemes"]))
     return Measured(source="modelled")
 
 
@@ -145,7 +170,8 @@ def write(platform: Platform, measured: Measured) -> Path:
     disproved = [{"kernel": kernel, "scheme": scheme, "what": what}
                  for (kernel, scheme), what in sorted(measured.disproved.items())]
     document = {"version": VERSION, "key": key_of(platform), "cells": cells_to_rows(measured.seconds),
-                "disproved": disproved}
+                "disproved": disproved,
+                "schemes": [scheme_to_dict(scheme) for scheme in measured.schemes.values()]}
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as part:
         json.dump(document, part, indent=1)
     Path(part.name).replace(path)

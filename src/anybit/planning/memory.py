@@ -22,6 +22,7 @@ class Memory:
 
     cache_per_token  what a token adds to the cache while no layer's window is full
     windows          (tokens, bytes per token) of layers that keep only the last so many tokens, counted above too
+    checkpoint       what the layers take in the file, before they are repacked
     """
 
     weights: int
@@ -30,6 +31,7 @@ class Memory:
     workspace: int
     cache_per_token: int
     windows: tuple[tuple[int, int], ...] = ()
+    checkpoint: int = 0
 
     def cache(self, tokens: int, sequences: int = 1) -> int:
         """Bytes of the key-value cache with `tokens` in each sequence."""
@@ -44,6 +46,7 @@ class Memory:
         """The prediction as data."""
         return {
             "weights_bytes": self.weights,
+            "checkpoint_bytes": self.checkpoint,
             "plain_bytes": self.plain,
             "loading_bytes": self.loading,
             "workspace_bytes": self.workspace,
@@ -56,7 +59,7 @@ class Memory:
         """The prediction from `to_dict`."""
         windows = tuple((row["tokens"], row["bytes_per_token"]) for row in fields["cache_windows"])
         return Memory(fields["weights_bytes"], fields["plain_bytes"], fields["loading_bytes"],
-                      fields["workspace_bytes"], fields["cache_bytes_per_token"], windows)
+                      fields["workspace_bytes"], fields["cache_bytes_per_token"], windows, fields["checkpoint_bytes"])
 
 
 # layers of these kinds keep the last tokens only; the config's key says how many
@@ -123,6 +126,8 @@ def predict(
     largest_unpacked     elements of the largest matrix that is decoded or repacked at once
     kernel_workspace     bytes of scratch that the hungriest kernel says one call needs
     """
-    loading = max((stored + elements for stored, elements in stored_and_elements), default=0)
+    layers = list(stored_and_elements)
+    loading = max((stored + elements for stored, elements in layers), default=0)
     workspace = max(min(TILE_BYTES, 4 * largest_unpacked), kernel_workspace)
-    return Memory(sum(layer_bytes), plain_bytes, loading, workspace, *cache_bytes(config, dtype))
+    return Memory(sum(layer_bytes), plain_bytes, loading, workspace, *cache_bytes(config, dtype),
+                  sum(stored for stored, _ in layers))

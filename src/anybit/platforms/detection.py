@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform as host
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -32,8 +33,8 @@ _CPU_FLAGS: Final = frozenset(
      "amx_int8", "amx_bf16", "avx_vnni", "asimd", "sve", "bf16", "i8mm"}
 )
 _PYTHON_PROVIDERS: Final = ("torch", "triton", "aiter", "humming")
-# import name -> (distribution, start of the versions that its adapter is written for)
-_VERSIONS: Final = {"humming": ("humming-kernels", "0.1.")}
+# import name -> (distribution, from this version, before that one): what its adapter is written for
+_VERSIONS: Final = {"humming": ("humming-kernels", (0, 1, 19), (0, 2))}
 
 
 def detect(device: str = "auto") -> Platform:
@@ -65,11 +66,12 @@ def _is_known(name: str) -> bool:
     """False for a package of another version than the one whose interface and arithmetic we know."""
     if name not in _VERSIONS:
         return True
-    distribution, known = _VERSIONS[name]
+    distribution, first, beyond = _VERSIONS[name]
     try:
-        return importlib.metadata.version(distribution).startswith(known)
+        version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return False
+    return first <= tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < beyond
 
 
 def _providers() -> frozenset[str]:

@@ -6,7 +6,9 @@ checkpoint enters it but N, K, the group size and the names of number formats.
 
 A weight is decoded in registers to the dtype of the activations, where a code times an 8 bit scale is exact and times
 a 16 bit scale is not; parts of a sum that several blocks make meet in that dtype too (stream-K), so a sum is rounded
-more than once: `rounds` says both. Quantized activations are carried out by our own exact quantizer in front.
+more than once: `rounds` says both. Quantized activations are made by our own exact quantizer in front: 4 and 6 bits as
+the 16-bit values that they are, fp8 beside integer weights of 4 bits as codes for the matrix unit. Layers of 8 bits on
+both sides are left to our own kernels, which nothing of humming's beat on an H200.
 Source: humming-kernels 0.1.19, include/humming/arith/mainloop_arith.cuh, epilogue/gmem_writer.cuh, config/config.py.
 Torch-free; the implementation is `humming_run.py`.
 """
@@ -19,7 +21,7 @@ from typing import Final
 
 from anybit.kernels.linear.triton_planes import expands_exactly
 from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
-from anybit.kernels.triton.recipes import ARITHMETIC, can_fake_quantize
+from anybit.kernels.triton.recipes import ARITHMETIC, can_fake_quantize, can_quantize
 from anybit.numerics.formats import number_format
 from anybit.platforms import Platform
 from anybit.schemes import CHANNEL, TENSOR, ActivationSpec, ScaleLevel, Scheme
@@ -43,6 +45,13 @@ _ELEMENTS: Final[Mapping[str, str]] = {
 _SMALL_SCALES: Final[Mapping[str, str]] = {"e8m0": "float8e8m0", "fp8_e4m3fn": "float8e4m3"}
 _WIDE_SCALES: Final = ("bfloat16", "float16", "float32")
 _GROUPS: Final = (16, 32, 64, 128, 256)
+_CODES: Final = "float8e4m3"  # of activations that are multiplied as codes
+_CODES_ARCHS: Final = tuple(arch for arch in ARCHS if arch not in ("sm_80", "sm_86"))  # with fp8 matrix instructions
+_GROUPS_BESIDE_CODES: Final = (32, 64, 128)
+_KINDS: Final[Mapping[str, str]] = {
+    "embedding": "a lookup multiplies nothing",
+    "experts": "experts would run one by one; another layout has all of a layer in one launch",
+}
 _ZERO_POINT_BITS: Final = 6  # wider codes less a zero point leave bfloat16
 
 
@@ -58,6 +67,7 @@ class Settings:
     is_tensor    one float32 scale for the matrix
     has_zeros    integer zero points
     factor       what a float32 factor of the matrix does beside the scales: "", "multiply", "divide"
+    codes        its name of the format of the input's codes; "" for 16-bit values
     """
 
     element: str
@@ -68,6 +78,7 @@ class Settings:
     is_tensor: bool = False
     has_zeros: bool = False
     factor: str = ""
+    codes: str = ""
 
     @property
     def bits(self) -> int:
@@ -98,6 +109,7 @@ def settings_of(scheme: Scheme) -> Settings | tuple[str, ...]:
         element=_ELEMENTS[scheme.element], shift=2 ** (bits - 1) if scheme.element.startswith("int") else 0,
         scale=_SMALL_SCALES.get(first.format, ""), group_size=columns, block_rows=rows if is_block else 0,
         is_tensor=first.block == TENSOR, has_zeros=scheme.offset is not None, factor=factor,
+        codes=_CODES if _multiplies_codes(scheme) else "",
     )  # fmt: skip
 
 
@@ -116,7 +128,7 @@ def _reasons_against(scheme: Scheme) -> Iterator[str]:
         return
     yield from _scale_reasons(scheme)
     yield from _offset_reasons(scheme)
-    yield from _activation_reasons(scheme.activation, has_factor=_is_factor(scheme.scales[-1]))
+    yield from _activation_reasons(scheme, scheme.activation)
 
 
 def _scale_reasons(scheme: Scheme) -> Iterator[str]:
@@ -162,21 +174,29 @@ def _offset_reasons(scheme: Scheme) -> Iterator[str]:
         yield f"zero points of {form.bits} bit codes by blocks {offset.block}"
 
 
-def _activation_reasons(spec: ActivationSpec | None, *, has_factor: bool) -> Iterator[str]:
-    if spec is None:
+def _activation_reasons(scheme: Scheme, spec: ActivationSpec | None) -> Iterator[str]:
+    if spec is None or _multiplies_codes(scheme):
         return
     cannot = can_fake_quantize(spec)
     if cannot is not None:
         yield cannot
     elif not ARITHMETIC[spec.recipe].scale_codes:
-        yield f"activations without 8 bit block scales ({spec}): kernels of 8 bits multiply them as they are"
-    elif input_factor(spec) == "matrix" and not has_factor:
+        yield f"codes of {scheme.element} beside activations {spec}: kernels of 8 bits multiply them, or ours do"
+    elif input_factor(spec) == "matrix" and not _is_factor(scheme.scales[-1]):
         yield f"activations with a factor ({spec}), and weights without one"
+
+
+def _multiplies_codes(scheme: Scheme) -> bool:
+    """True for fp8 activations by row beside int4 in groups: the one pair of unlike codes that we have tried."""
+    spec, level = scheme.activation, scheme.scales[0]
+    return (spec is not None and spec.element == "fp8_e4m3fn" and spec.granularity != "group"
+            and can_quantize(spec) is None and scheme.element == "int4" and scheme.offset is None
+            and len(scheme.scales) == 1 and level.block[0] == 1 and level.block[1] in _GROUPS_BESIDE_CODES)
 
 
 def input_factor(spec: ActivationSpec | None) -> str:
     """What our quantizer leaves beside 16-bit values: "" nothing, "matrix" one static number, "rows" one for each."""
-    if spec is None or ARITHMETIC[spec.recipe].scale_codes == "e8m0":
+    if spec is None or ARITHMETIC[spec.recipe].scale_codes != "fp8_e4m3fn":
         return ""
     return "matrix" if ARITHMETIC[spec.recipe].given else "rows"
 
@@ -187,10 +207,11 @@ def can_implement(request: Request, platform: Platform) -> Verdict:
     reasons, size = (found, 0) if isinstance(found, tuple) else ((), found.group_size)
     n, k = request.shape[-2:]
     step = max(COLUMNS, size)
-    quantizes = request.scheme.activation is not None
+    codes = isinstance(found, Settings) and bool(found.codes)
+    quantizes = request.scheme.activation is not None and not codes
     return gather(
-        *_chip_reasons(platform),
-        Reason("kind", "a lookup multiplies nothing", {"kind": request.kind}) if request.kind == "embedding" else None,
+        *_chip_reasons(platform, _CODES_ARCHS if codes else ARCHS),
+        Reason("kind", _KINDS[request.kind], {"kind": request.kind}) if request.kind in _KINDS else None,
         *(Reason("scheme", text, {"scheme": str(request.scheme)}) for text in reasons),
         Reason("shape", f"N is a multiple of {ROWS} and K of {step}, this is {n} x {k}",
                {"wanted": [ROWS, step], "found": [n, k]}) if n % ROWS or k % step or not n * k else None,
@@ -207,14 +228,14 @@ def _is_by_row(scheme: Scheme) -> bool:
     return bool(scheme.scales) and scheme.scales[0].block == CHANNEL
 
 
-def _chip_reasons(platform: Platform) -> list[Reason]:
+def _chip_reasons(platform: Platform, archs: tuple[str, ...]) -> list[Reason]:
     if platform.vendor != "nvidia":
         return [Reason("vendor", f"runs on NVIDIA, this is {platform.vendor} {platform.arch}",
                        {"wanted": "nvidia", "found": platform.vendor})]
     reasons = []
-    if platform.arch not in ARCHS:
-        reasons.append(Reason("arch", f"made for sm_80 and later, this is {platform.arch}",
-                              {"wanted": list(ARCHS), "found": platform.arch}))
+    if platform.arch not in archs:
+        reasons.append(Reason("arch", f"made for {archs[0]} and later, this is {platform.arch}",
+                              {"wanted": list(archs), "found": platform.arch}))
     if NAME not in platform.providers:
         reasons.append(Reason("provider", "humming-kernels is not installed", {"wanted": "humming-kernels"}))
     return reasons
@@ -228,7 +249,8 @@ _FIXED_SECONDS: Final = 7.7e-6
 _READ_SHARE: Final = 0.88
 _DECODED_SHARE: Final[Mapping[str, float]] = {"zeros": 0.66, "small scales": 0.61, "3 bits": 0.5}
 _MORE_TOKENS_SHARE: Final = 0.88  # of that beyond 8 tokens
-_MATRIX_SHARE: Final = 0.72  # of the matrix rate
+_MATRIX_SHARE: Final = 0.74  # of the matrix rate
+_CODES_SHARE: Final = 0.55  # of that of fp8
 _QUANTIZE_SECONDS: Final = 2.5e-6  # and each kernel beside the product
 
 
@@ -249,7 +271,10 @@ def seconds(request: Request, platform: Platform) -> float:
     n, k = request.shape[-2:]
     bandwidth = max(platform.bandwidth, 1e9)
     read = (_matrix_bytes(request) + 2.0 * request.tokens * (n + k)) / (share * bandwidth)
-    multiply = request.flops / max(_MATRIX_SHARE * platform.rates.get(request.dtype, 1e13), 1e9)
+    rate = _MATRIX_SHARE * platform.rates.get(request.dtype, 1e13)
+    if settings.codes:
+        rate = max(rate, _CODES_SHARE * platform.rates.get("fp8", 1e13))
+    multiply = request.flops / max(rate, 1e9)
     quantize = 0.0
     if request.scheme.activation is not None:
         quantize = _QUANTIZE_SECONDS + 4.0 * request.tokens * k / bandwidth
@@ -289,6 +314,10 @@ def rounds(request: Request, platform: Platform) -> str:
     words = ["partial sums", "their sums"]
     if first.block == CHANNEL:
         words = ["row scales", "partial sums", "their products", "sums of these"]
+    elif _multiplies_codes(request.scheme):
+        words = ["sums of a group in the matrix unit's own adder (about 13 bits)", *words]
+        if first.format != request.dtype:
+            words = ["scales", *words]
     elif not expands_exactly(request.scheme, request.dtype):
         is_cast = first.format in _WIDE_SCALES and first.format != request.dtype and first.block != TENSOR
         words = [*(["scales"] if is_cast else []), "weights", *words]

@@ -115,26 +115,33 @@ def _sign_bits(words: Tensor, bits: int) -> Tensor:
 def codes_of(
     library: Library, config: Any, stored: Tensor, settings: Settings, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """The codes [N, K] uint8, offset binary, of humming's tensor [K / 16, 16 N bits / 32] int32."""
+    """The codes [N, K] uint8, offset binary, of humming's tensor [K / columns, columns N bits / 32] int32.
+
+    Its rows hold 16, 32 or 64 columns of the weight; a tile has as many rows as that takes.
+    """
     bits, (n, k) = settings.bits, shape
-    source = _bit_order(library, config, bits, stored.device)
-    tiles = stored.view(k // TILE, 4, n // TILE, -1).permute(2, 0, 1, 3).reshape(-1, TILE * TILE * bits // 32)
+    source = _bit_order(library, config, settings, stored.device)
+    rows = stored.shape[0] * TILE // k
+    tiles = stored.view(k // TILE, rows, n // TILE, -1).permute(2, 0, 1, 3).reshape(-1, TILE * TILE * bits // 32)
     at_a_time = max(1, _BITS_AT_A_TIME // (TILE * TILE * bits))
     parts = [_fields(_bits(part)[:, source], bits) for part in torch.split(tiles, at_a_time)]
     codes = torch.cat(parts).view(n // TILE, k // TILE, TILE, TILE).transpose(1, 2).reshape(n, k)
-    if settings.element == "uint8" and dtype == torch.bfloat16:  # kept as distances from 128 up and from 127 down
-        return torch.where(codes < 128, codes + 128, 255 - codes)
+    if settings.codes or (settings.element == "uint8" and dtype == torch.bfloat16):
+        middle = 2 ** (bits - 1)  # kept as distances from the middle up, and from the code below it down
+        return torch.where(codes < middle, codes + middle, 2 * middle - 1 - codes)
     return codes
 
 
-def _bit_order(library: Library, config: Any, bits: int, device: torch.device) -> Tensor:
+def _bit_order(library: Library, config: Any, settings: Settings, device: torch.device) -> Tensor:
     """int64 [4096 bits]: where a stored tile has each bit of the plain one, read off tiles of numbered bits."""
+    bits, width = settings.bits, 8 if settings.codes else 16
     count = TILE * TILE * bits
     numbers = torch.arange(count, device=device)
     found = torch.zeros(count, dtype=torch.int64, device=device)
     for digit in range((count - 1).bit_length()):
         words = _as_words((numbers >> digit & 1).to(torch.uint8)).view(TILE, TILE * bits // 32)
-        stored = library.ops.repack_weight(words, bits, 16, True, use_native_dequant=config.use_native_dequant)
+        stored = library.ops.repack_weight(words, bits, width, True, use_packed_k_layout=config.use_packed_k_layout,
+                                           use_native_dequant=config.use_native_dequant)
         found |= _bits(stored.reshape(1, -1))[0].long() << digit
     source = torch.empty_like(found)
     source[found] = numbers

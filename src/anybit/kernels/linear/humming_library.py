@@ -53,7 +53,7 @@ class Library:
     def config(self, settings: Settings, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Any:
         """Its description of a layer [N, K]."""
         weight = self._weight_schema.from_config({**settings.weight_config(), "quant_method": "humming"})
-        given = {"dtype": str(dtype).removeprefix("torch."), "quant_method": "humming"}
+        given = {"dtype": settings.codes or str(dtype).removeprefix("torch."), "quant_method": "humming"}
         return self.transform.prepare_layer_config(
             n, k, weight, self._input_schema.from_config(given), torch_dtype=dtype, device=device)
 
@@ -72,16 +72,18 @@ class Library:
         return Kernels(config, table)
 
     def launch(
-        self, table: Tensor, x: Tensor, parts: Sequence[Tensor | None], out: Tensor, *, as_tokens: int = 0
-    ) -> None:
+        self, table: Tensor, x: Tensor, scale_of_x: Tensor | None, parts: Sequence[Tensor | None], out: Tensor, *,
+        as_tokens: int = 0,
+    ) -> None:  # fmt: skip
         """out [M, N] = x [M, K] times the weight; `parts` = weight, scale, zero point, factor, locks.
 
-        as_tokens  the M whose kernel takes it, 0: that of x
+        scale_of_x  float32 [M, 1] where x is codes
+        as_tokens   the M whose kernel takes it, 0: that of x
         """
         weight, scale, zeros, factor, locks = parts
         if self._run is None:  # defined when humming compiles its first kernel
             self._run = torch.ops.humming.launch_kernel.out
-        self._run(table, x, weight, scale, factor, None, None, zeros, None, out, None, None, None, None, locks, 1,
+        self._run(table, x, weight, scale, factor, scale_of_x, None, zeros, None, out, None, None, None, None, locks, 1,
                   as_tokens)
 
 

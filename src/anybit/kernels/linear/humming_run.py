@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ class StoredHumming(Opaque):
         self._spec = weight.scheme.activation
         self.quantizes_input = self._spec is not None
         self._scheme, self._settings, self._dtype = weight.scheme.weight_only(), settings, dtype
-        self._kernels, self._library, self._factor = kernels, library(), factor
+        self._kernels, self._factor = kernels, factor
+        self._takes_codes = bool(settings.codes)
         self._scales_rows = input_factor(self._spec) == "rows"
         self._activation = dict(weight.activation) if self._spec is not None else {}
         self._tensors = tensors
@@ -58,7 +59,8 @@ class StoredHumming(Opaque):
         if self._spec is not None:
             from anybit.kernels.triton.quantizers import Quantizer  # needs Triton
 
-            self._quantizer = Quantizer(self._spec, self._activation, self.shape[1], values=torch.bfloat16, own=True)
+            given: dict[str, Any] = {} if self._takes_codes else {"values": torch.bfloat16, "own": True}
+            self._quantizer = Quantizer(self._spec, self._activation, self.shape[1], **given)
 
     def tensors(self) -> dict[str, Tensor]:
         """The buffers by name, floats as bit patterns."""
@@ -76,17 +78,28 @@ class StoredHumming(Opaque):
         if torch.compiler.is_compiling():
             return self._as_operator(x, regime, bias, self.shape[0], out_dtype)
         out = torch.empty((x.shape[0], self.shape[0]), dtype=self._dtype, device=x.device)
-        factors = None
-        if x.shape[0]:
-            if self._quantizer is not None:
-                found = self._quantizer(x)
-                x, factors = found.codes, found.factor if self._scales_rows else None
-            self._library.launch(self._kernels.table, _aligned(x, self._dtype), self._parts, out)
+        factors = self._multiply(x, out) if x.shape[0] else None
         if factors is not None:
             return _finished(out, factors, bias, out_dtype)
         if bias is not None:
             out = out.add_(bias) if out_dtype == out.dtype else out.float() + bias.float()
         return out if out.dtype == out_dtype else out.to(out_dtype)
+
+    def _multiply(self, x: Tensor, out: Tensor) -> Tensor | None:
+        """out = x, quantized if the layer says so, times W^T; factors [M] of rows where they are still to be met."""
+        scale = factors = None
+        if self._quantizer is not None:
+            found = self._quantizer(x)
+            x = found.codes
+            if self._takes_codes:
+                assert found.scale is not None
+                x, scale = x.view(torch.float8_e4m3fn), found.scale[:, None]
+            elif self._scales_rows:
+                factors = found.factor
+        x = x.to(torch.float8_e4m3fn if self._takes_codes else self._dtype).contiguous()
+        x = x if x.data_ptr() % _ALIGNED == 0 else x.clone()
+        library().launch(self._kernels.table, x, scale, self._parts, out)
+        return factors
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight's rows [.., K] for integer `index` [..]."""
@@ -94,7 +107,7 @@ class StoredHumming(Opaque):
 
     def dequantize(self) -> Tensor:
         """The float32 weight [N, K], of codes and scales as the kernels read them."""
-        made, config, held, scheme = self._library, self._kernels.config, self._tensors, self._scheme
+        made, config, held, scheme = library(), self._kernels.config, self._tensors, self._scheme
         n, k = self.shape
         codes = codes_of(made, config, held["weight"], self._settings, (n, k), self._dtype)
         scale = scales_of(made, config, held["weight_scale"], self._settings, self._dtype).float()
@@ -111,14 +124,8 @@ class StoredHumming(Opaque):
     def _zeros(self) -> Tensor | float:
         if self._scheme.offset is None:
             return float(self._settings.shift)
-        zeros = zeros_of(self._library, self._tensors["zero_point"], self._settings, self.shape[0]).float()
+        zeros = zeros_of(library(), self._tensors["zero_point"], self._settings, self.shape[0]).float()
         return spread(zeros, self._scheme.offset.block, self.shape, "grid", None)
-
-
-def _aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows side by side in the dtype of the kernels, where their loads of 16 bytes may begin."""
-    x = x.to(dtype).contiguous()
-    return x if x.data_ptr() % _ALIGNED == 0 else x.clone()
 
 
 def _finished(y: Tensor, factors: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -176,7 +183,7 @@ def _prepared(made: Library, weight: QuantizedWeight, settings: Settings, dtype:
         tensors = made.stored(config, plain_of(weight, settings, dtype, factor))
         tensors["locks"] = torch.zeros(LOCKS, dtype=torch.int32, device=device)
         kernels = made.compile(config, device)
-        _load(made, kernels, tensors, k, n, dtype)
+        _load(made, kernels, tensors, settings, k, n, dtype)
     return StoredHumming(weight, settings, dtype, kernels, tensors, factor)
 
 
@@ -192,9 +199,14 @@ def _input_factor(weight: QuantizedWeight, device: torch.device) -> float:
     return 1.0 if factors is None else float(factors[0])
 
 
-def _load(made: Library, kernels: Kernels, tensors: dict[str, Tensor], k: int, n: int, dtype: torch.dtype) -> None:
+def _load(
+    made: Library, kernels: Kernels, tensors: dict[str, Tensor], settings: Settings, k: int, n: int, dtype: torch.dtype
+) -> None:
     """One row through each kernel: their code is loaded here and not at a first call, which may be under capture."""
     device = tensors["weight"].device
     x, out = torch.zeros(1, k, dtype=dtype, device=device), torch.empty(1, n, dtype=dtype, device=device)
+    scale = None
+    if settings.codes:
+        x, scale = x.to(torch.float8_e4m3fn), torch.ones(1, 1, device=device)
     for largest in RUNGS:
-        made.launch(kernels.table, x, [tensors.get(name) for name in PARTS], out, as_tokens=largest)
+        made.launch(kernels.table, x, scale, [tensors.get(name) for name in PARTS], out, as_tokens=largest)

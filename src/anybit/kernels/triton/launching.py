@@ -86,7 +86,7 @@ class Launch:
     A Launch is one specialization: integers are fixed in it, but for one that the kernel does not specialize on.
     """
 
-    __slots__ = ("_arguments", "_constants", "_device", "_kernel", "_options", "_past")
+    __slots__ = ("_arguments", "_compiled", "_constants", "_device", "_kernel", "_options", "_past")
 
     def __init__(
         self, kernel: Any, arguments: Sequence[Argument], constants: Mapping[str, object], device: torch.device,
@@ -95,6 +95,7 @@ class Launch:
         """`arguments` in the kernel's order, then `constants` by name; `options` as Triton's launcher takes them."""
         self._kernel, self._constants, self._options, self._device = kernel, constants, options, device
         self._arguments = list(arguments)
+        self._compiled: Any = None  # kept, since Triton 3.9 unloads a kernel that nobody keeps
         self._past: _Past | None = None
 
     def __call__(
@@ -148,7 +149,7 @@ class Launch:
                 arguments[place] = self._zeros_of(argument)
         found = self._kernel[(x, y)](*arguments, **self._constants, **self._options)
         if self._past is None and _may_pass(self._device, self._kernel) and self._is_usual(scratch, tensors):
-            self._past = self._taken(found, arguments)
+            self._compiled, self._past = found, self._taken(found, arguments)
 
     def _zeros_of(self, wanted: Zeros) -> Tensor:
         if self._device.type not in _LAUNCHED:  # the interpreter
@@ -296,8 +297,9 @@ class Call:
             with on_device(device):
                 return self(x, bias, factors)
         stream = stream_of(index)
-        out = torch.empty(self.shape, dtype=self.dtype, device=device)
-        scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=device) if self.scratch_bytes else None
+        # new_empty: a microsecond less than empty
+        out = x.new_empty(self.shape, dtype=self.dtype)
+        scratch = x.new_empty(self.scratch_bytes, dtype=torch.uint8) if self.scratch_bytes else None
         tensors = (out,) if bias is None else (bias, out)
         x_programs, y_programs = self.grid
         if self.quantize is not None:

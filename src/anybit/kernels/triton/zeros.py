@@ -9,6 +9,7 @@ is freed when all weights are gone whose captured launches count in it, and with
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import cache
 from threading import RLock
 from typing import Any, Final
@@ -28,13 +29,14 @@ def zeros_for(device: torch.device, stream: int, count: int, kept: list[Tensor])
     """At least `count` int32 zeros for a launch on `stream`, the current one; what a graph was given goes to `kept`."""
     if _is_capturing():
         return _of(device).captured(count, kept)
-    found = _SETS.get((device, stream))
+    found = _SETS[device].get(stream)
     if found is None or found.numel() < count:
         return _of(device).of_stream(stream, count)
     return found
 
 
-_SETS: Final[dict[tuple[torch.device, int], Tensor]] = {}  # emptied for a device whose slab runs low
+# device -> stream -> its set; emptied for a device whose slab runs low
+_SETS: Final[defaultdict[torch.device, dict[int, Tensor]]] = defaultdict(dict)
 
 
 class _Zeros:
@@ -60,7 +62,7 @@ class _Zeros:
         sets = self._streams.setdefault(stream, [])
         if not sets or sets[-1].numel() < count:
             sets.append(self._cleared(max(_FEWEST, 1 << (count - 1).bit_length())))
-        _SETS[self._device, stream] = sets[-1]
+        _SETS[self._device][stream] = sets[-1]
         return sets[-1]
 
     def captured(self, count: int, kept: list[Tensor]) -> Tensor:
@@ -72,8 +74,7 @@ class _Zeros:
             self._taken = -(-(start + count) // _STEP) * _STEP
             found = self._slab[start : start + count]
             if self._is_low():
-                for key in [key for key in _SETS if key[0] == self._device]:
-                    del _SETS[key]
+                _SETS[self._device].clear()
         kept.append(found)
         return found
 
