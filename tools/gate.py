@@ -142,7 +142,7 @@ def compile_case(case: CompileCase) -> Row:
     }
     source_of: Any = ASTSource
     if kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource as source_of  # noqa: N813
+        from triton.experimental.gluon._runtime import GluonASTSource as source_of
     source = source_of(kernel, signature, constexprs={(names.index(n),): v for n, v in constants.items()},
                        attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}

@@ -7,7 +7,7 @@ those of `VERSIONS` compile it. What is not taken here is the portable kernel's,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
 
@@ -31,49 +31,60 @@ _UNITS: Final = 132
 _TILE_BYTES: Final = 208 * 1024  # of shared memory; the results pass through the rest
 _MOST_STAGES: Final = 20
 _TYPES: Final[Mapping[str, str]] = {"int8": "i8", "fp8_e4m3fn": "fp8e4nv", "fp8_e5m2": "fp8e5"}
+# As measured on an H200 (a product alone, weights cold): a call takes _START and its steps of 128 columns, each as long
+# as its tile needs or as W's bytes take to come. A tile that programs share takes _SHARED, and _PART for each of them.
+_START: Final = 4.5e-6
+_SHARED: Final = 1.0e-6
+_PART: Final = 0.9e-6
+_BANDWIDTH: Final = 4.2e12
+_TILES: Final[tuple[tuple[int, int, tuple[float, float, float]], ...]] = (
+    # rows of x, rows of W, seconds of a step: int8, fp8 scaled by row, fp8 scaled in blocks
+    (64, 64, (148e-9, 150e-9, 195e-9)),
+    (64, 128, (205e-9, 230e-9, 295e-9)),
+    (128, 128, (355e-9, 385e-9, 440e-9)),
+)
+_FEW_ROWS: Final = 8  # up to here the portable kernel is at least as fast
+_WAITING_ROWS: Final = 64  # up to here the product is launched while x is quantized, and copies W meanwhile
 
 
 @dataclass(frozen=True)
 class HopperConfig:
     """Tiles and work of one call.
 
-    left, right   rows of the tiles of the operands: x and W, with `swap` W and x
-    teams         of four warps, which share the left tile
-    stages        blocks of 128 columns that lie in shared memory
-    share         blocks that a program multiplies, of all tiles in a row; 0: programs take whole tiles in turn
-    programs      as many as work at the same time
-    waits         launched while x is quantized, and waits for that itself
+    bm, bn     rows of the tiles of x and of W
+    teams      of four warps, which share the tile of x
+    stages     blocks of 128 columns that lie in shared memory
+    share      blocks that a program multiplies, of all tiles in a row; 0: programs take whole tiles in turn
+    programs   as many as work at the same time
+    waits      launched while x is quantized, and waits for that itself
+    band       rows of tiles that are walked together, for the cache
     """
 
-    left: int
-    right: int
+    bm: int
+    bn: int
     teams: int
     stages: int
     share: int
     programs: int
-    swap: bool = False
     waits: bool = False
     band: int = 8
 
     def tiles(self, m: int, n: int) -> int:
         """Tiles of a product [M, N]."""
-        left, right = (n, m) if self.swap else (m, n)
-        return -(-left // self.left) * -(-right // self.right)
+        return -(-m // self.bm) * -(-n // self.bn)
 
-    @property
-    def boxes(self) -> tuple[int, int]:
-        """Rows of x and of W that one copy brings."""
-        rows = self.left // self.teams
-        return (self.right, rows) if self.swap else (rows, self.right)
+    def grid(self, m: int, n: int) -> int:
+        """Programs of a product [M, N], which may have other M than the tiles were chosen for."""
+        return self.programs if self.share else min(self.tiles(m, n), _UNITS)
 
     @property
     def parts(self) -> int:
-        """32 bit sums that programs leave for others: two tiles each."""
-        return 2 * self.programs * self.left * self.right if self.share else 0
+        """32 bit sums that programs leave for others: of two tiles each."""
+        return 2 * self.programs * self.bm * self.bn if self.share else 0
 
 
 def takes(product: Product8, given: Operands) -> bool:
-    """True for codes that the matrix unit takes, with scales by row, or fp8 with scales of 128 columns on both sides."""
+    """True for codes that the matrix unit takes, scaled by row, or fp8 with scales of 128 columns on both sides."""
     if given.kind not in _TYPES:
         return False
     if product.x_group or product.w_group:
@@ -82,15 +93,58 @@ def takes(product: Product8, given: Operands) -> bool:
     return True
 
 
+@lru_cache(maxsize=4096)
+def configure_hopper(n: int, k: int, m: int | None, product: Product8, given: Operands) -> HopperConfig | None:
+    """Tiles for M rows by [N, K], or None for the portable kernel; pure. M None: the same for any M, none shared."""
+    if not takes(product, given):
+        return None
+    if m is None:
+        return _config(64, 128, n, k, 64, is_shared=False)
+    if m <= _FEW_ROWS:
+        return None
+    which = 0 if product.is_integer else 2 if product.w_group else 1
+    made = [(_config(bm, bn, n, k, m, is_shared=is_shared), steps[which]) for bm, bn, steps in _TILES
+            for is_shared in (False, True)]
+    best, step = min(made, key=lambda pair: _seconds(pair[0], n, k, m, pair[1]))
+    return best if m > 32 or _seconds(best, n, k, m, step) < _portable_seconds(n, k, m, which == 2) else None
+
+
+def _config(bm: int, bn: int, n: int, k: int, m: int, *, is_shared: bool) -> HopperConfig:
+    stages = min(_MOST_STAGES, _TILE_BYTES // ((bm + bn) * BLOCK))
+    made = HopperConfig(bm, bn, bm // 64, stages, 0, 0, waits=m <= _WAITING_ROWS)
+    tiles = made.tiles(m, n)
+    steps = tiles * -(-k // BLOCK)
+    share = max(-(-steps // _UNITS), 4) if is_shared else 0
+    return replace(made, share=share, programs=-(-steps // share) if share else min(tiles, _UNITS))
+
+
+def _seconds(config: HopperConfig, n: int, k: int, m: int, step: float) -> float:
+    """Modelled time of a product alone."""
+    tiles, blocks = config.tiles(m, n), -(-k // BLOCK)
+    read = n * k / _BANDWIDTH
+    if config.share:
+        parts = min(-(-blocks // config.share) + 1, config.programs)
+        return _START + _SHARED + _PART * parts + max(config.share * step, read)
+    whole, rest = divmod(tiles, _UNITS)
+    a_tile = read / tiles  # tiles of other rows of x find W in the cache
+    return _START + sum(max(blocks * step, active * a_tile) for active in (*[_UNITS] * whole, rest) if active)
+
+
+def _portable_seconds(n: int, k: int, m: int, in_blocks: bool) -> float:
+    """Of the portable kernel in a few rows, where W's bytes are what counts."""
+    slower = 1.25 if in_blocks and m > 16 else 1.0
+    return 5.4e-6 + 1e-6 * (m > 16) + slower * n * k / 4.35e12
+
+
 def constants_of_hopper(
     product: Product8, config: HopperConfig, *, shifted: bool, has_bias: bool
 ) -> dict[str, object]:
     """Compile-time arguments of `w8a8_hopper`."""
     return {
         "IS_INTEGER": product.is_integer, "IS_SHIFTED": shifted, "W_SHIFTED": product.w_shifted,
-        "IN_BLOCKS": bool(product.w_group), "W_ROWS": product.w_rows, "HAS_BIAS": has_bias, "BA": config.left,
-        "BB": config.right, "BK": BLOCK, "TEAMS": config.teams, "STAGES": config.stages, "STREAM": config.share > 0,
-        "BAND": config.band, "SWAP": config.swap, "WAITS": config.waits,
+        "IN_BLOCKS": bool(product.w_group), "W_ROWS": product.w_rows, "HAS_BIAS": has_bias, "BM": config.bm,
+        "BN": config.bn, "BK": BLOCK, "TEAMS": config.teams, "STAGES": config.stages, "STREAM": config.share > 0,
+        "BAND": config.band, "WAITS": config.waits,
     }
 
 
@@ -119,15 +173,14 @@ def hopper_cases(arch: str) -> list[CompileCase]:
 def _case(label: str, product: Product8, given: Operands, config: HopperConfig) -> CompileCase:
     element = _TYPES[given.kind]
     layout = f"NVMMASharedLayout{LAYOUT}"
-    x_rows, w_rows = config.boxes
     kept = "*i32" if product.is_integer else "*fp32"
     types = {
-        "x": f"tensordesc<{element}[{x_rows}, {BLOCK}],{layout}>",
-        "w": f"tensordesc<{element}[{w_rows}, {BLOCK}],{layout}>", "sx_ptr": "*fp32", "sw_ptr": "*fp32",
+        "x": f"tensordesc<{element}[{config.bm // config.teams}, {BLOCK}],{layout}>",
+        "w": f"tensordesc<{element}[{config.bn}, {BLOCK}],{layout}>", "sx_ptr": "*fp32", "sw_ptr": "*fp32",
         "zx_ptr": "*i32", "cs_ptr": "*i32", "xs_ptr": "*i32", "zw_ptr": "*i32", "bias_ptr": "*bf16", "out_ptr": "*bf16",
         "part_ptr": kept, "count_ptr": "*i32", "M": "i32", "N": "i32", "K": "i32", "GROUPS": "i32", "SHARE": "i32",
     }
-    what = f"{config.left} x {config.right}{' swapped' if config.swap else ''}{' shares' if config.share else ''}"
+    what = f"{config.bm} x {config.bn}{' shares' if config.share else ''}"
     return CompileCase(
         INT8_NAME if product.is_integer else FP8_NAME, "anybit.kernels.triton.w8a8_hopper_jit:w8a8_hopper", "sm_90",
         f"{label} {what}{' waits' if config.waits else ''}", types,

@@ -21,9 +21,9 @@ from anybit.platforms.archs import ARCHS
 from anybit.schemes import ActivationSpec, Scheme
 
 __all__ = [
-    "CASES", "FP8_EXACT_NAME", "FP8_NAME", "INT8_NAME", "PAD", "UNITS", "Config", "Operands", "Product8", "column_block",
-    "compile_cases", "configure", "constants_of", "expected_instruction", "has_zero_points", "is_shifted",
-    "of_experts", "operands", "product_of",
+    "CASES", "FP8_EXACT_NAME", "FP8_NAME", "INT8_NAME", "PAD", "UNITS", "Config", "Operands", "Product8",
+    "column_block", "compile_cases", "configure", "constants_of", "expected_instruction", "has_zero_points",
+    "is_shifted", "of_experts", "operands", "product_of",
 ]
 
 INT8_NAME: Final = "triton-w8a8-int8"

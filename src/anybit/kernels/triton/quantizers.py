@@ -39,6 +39,7 @@ from anybit.numerics.scales import quotient
 
 __all__ = ["Quantized", "Quantizer", "QuantizerPlan", "fake_quantize", "quantize"]
 
+_FOLLOWING_ROWS: Final = 64
 _NONE: Final[Mapping[str, Tensor]] = MappingProxyType({})
 
 
@@ -243,8 +244,9 @@ class QuantizerPlan:
              "STATISTIC": quantizer._statistic, "HAS_GIVEN": given is not None, "HAS_ZERO": zero_point is not None,
              "VALUES": values, "FNUZ": quantizer._fnuz, "NATIVE": quantizer._is_native(arch_of(x.device)),
              "SUMS": sums is not None, "WHOLE": columns <= block and not part, "BK": block, "PART": part,
-             **edges(k, quantizer.columns, max(block, part)), "LEADS": leads, "FOLLOWS": False},
-            x.device, num_warps=warps, enable_fp_fusion=False,
+             **edges(k, quantizer.columns, max(block, part)), "LEADS": leads,
+             "FOLLOWS": _follows(x)},
+            x.device, num_warps=warps, enable_fp_fusion=False, **({"launch_pdl": True} if _follows(x) else {}),
         )  # fmt: skip
         return made, (rows, -(-quantizer.columns // part) if part else 1)
 
@@ -267,10 +269,15 @@ class QuantizerPlan:
              "OWN": own, "PACKED": quantizer._packed, "FNUZ": quantizer._fnuz,
              "NATIVE": quantizer._is_native(arch_of(x.device)), "SIZE": spec.group_size, "GS": padded,
              "BG": at_a_time, **edges(k, quantizer.columns, at_a_time * padded * (padded == spec.group_size)),
-             "LEADS": leads, "FOLLOWS": False},
-            x.device, num_warps=warps, enable_fp_fusion=False,
+             "LEADS": leads, "FOLLOWS": _follows(x)},
+            x.device, num_warps=warps, enable_fp_fusion=False, **({"launch_pdl": True} if _follows(x) else {}),
         )  # fmt: skip
         return made, (rows, -(-groups // at_a_time))
+
+
+def _follows(x: Tensor) -> bool:
+    """True where the launch may overlap the end of the kernel before it: it counts for a few rows."""
+    return x.shape[0] <= _FOLLOWING_ROWS and arch_of(x.device) == "sm_90"
 
 
 def _largest(x: Tensor) -> Tensor:

@@ -287,9 +287,9 @@ def corrected_quotient(x, y, r, STEPS: tl.constexpr):
 
     Those of a division in software, which finds r for each x again. Beyond float32's range, and for infinite x, the
     first product is the answer; where remainders are subnormal the quotient is far below any code's half step.
-    One step is off by less than 2^-22 units in the last place before it is rounded. So a code could only be wrong beside
-    a boundary of codes, which has 9 bits at most. The x of 11 bits (16 bit floats) and y that come so near to one are
-    counted in tests/kernels/test_triton_quantizers.py: none goes wrong.
+    One step is off by less than 2^-22 units in the last place before it is rounded. So a code could only be wrong
+    beside a boundary of codes, which has 9 bits at most. The x of 11 bits (16 bit floats) and y that come so near to one
+    are counted in tests/kernels/test_triton_quantizers.py: none goes wrong.
     """
     first = x * r
     q = first

@@ -282,17 +282,16 @@ class StoredRows8(Launched):
             counters = Zeros(config.tiles(m, n) * config.teams, self._captured)
         shifted, offsets = self._offsets(pieces)
         layout = NVMMASharedLayout(*LAYOUT)
-        x_rows, w_rows = config.boxes
         made = Launch(
             w8a8_hopper,
-            [Described(Piece(pieces["codes"].offset, view), (m, k), (x_rows, BLOCK), layout),
-             described(self._codes.view(view), (w_rows, BLOCK), layout), pieces["scale"], factor, *offsets,
+            [Described(Piece(pieces["codes"].offset, view), (m, k), (config.bm // config.teams, BLOCK), layout),
+             described(self._codes.view(view), (config.bn, BLOCK), layout), pieces["scale"], factor, *offsets,
              factor if bias is None else bias.dtype, out_dtype, parts, counters, int, n, k,
              factor.shape[1] if product.w_group else 1, config.share],
             constants_of_hopper(product, config, shifted=shifted, has_bias=bias is not None), x.device, num_warps=4,
             **({"launch_pdl": True} if config.waits else {}),
         )  # fmt: skip
-        return Call((m, n), out_dtype, x.device, m, size, quantize, made, (config.programs, 1))
+        return Call((m, n), out_dtype, x.device, m, size, quantize, made, (config.grid(m, n), 1))
 
     def _room(self, size: int, count: int) -> tuple[Piece, int]:
         """Room for so many partial sums at the end of a scratch of `size` bytes, and its new size."""
