@@ -288,8 +288,8 @@ def corrected_quotient(x, y, r, STEPS: tl.constexpr):
     Those of a division in software, which finds r for each x again. Beyond float32's range, and for infinite x, the
     first product is the answer; where remainders are subnormal the quotient is far below any code's half step.
     One step is off by less than 2^-22 units in the last place before it is rounded. So a code could only be wrong
-    beside a boundary of codes, which has 9 bits at most. The x of 11 bits (16 bit floats) and y that come so near to one
-    are counted in tests/kernels/test_triton_quantizers.py: none goes wrong.
+    beside a boundary of codes, which has 9 bits at most. The x of 11 bits (16 bit floats) and y that come so near to
+    one are counted in tests/kernels/test_triton_quantizers.py: none goes wrong.
     """
     first = x * r
     q = first
@@ -515,7 +515,13 @@ def quantize_groups(
             else:
                 tl.store(outer_ptr + m, given)
 
-    v = tl.div_rn(x, tl.broadcast_to(factor[:, None], (BG, GS))) if DIVIDE else x * factor[:, None]
+    STEPS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1
+    if not DIVIDE:
+        v = x * factor[:, None]
+    elif RULE == "fp8_group":  # from 1e-10 / 448 on, and of an infinite one every quotient is the first product
+        v = corrected_quotient(x, tl.broadcast_to(factor[:, None], (BG, GS)), tl.div_rn(1.0, factor)[:, None], STEPS)
+    else:
+        v = tl.div_rn(x, tl.broadcast_to(factor[:, None], (BG, GS)))
     place = m.to(tl.int64) * KP + column
     stores = (inside < SIZE)[None, :] & (column < KP)
     if NATIVE and not VALUES:  # the conversion saturates
