@@ -233,7 +233,7 @@ def row_launch(
     block = min(_power_of_two(max(k, 16)), _ROW_BLOCK)
     if is_shared and rows <= _FEW_ROWS and block > _PART:
         return (block, _PART, _warps(block)) if block <= 2 * _PART else (_PART, _PART, 16)
-    if is_heavy and block > 2 * _PART:
+    if is_heavy and block > 2 * _PART and rows >= _MANY_ROWS:
         return _PART, 0, 8
     return block, 0, _warps(block) if rows < _MANY_ROWS else max(1, _warps(block) // 2)
 
