@@ -50,22 +50,25 @@ from support_matrix import entries  # noqa: E402
 from anybit.kernels.catalogue import KERNELS  # noqa: E402
 from anybit.kernels.compiling import CompileCase  # noqa: E402
 from anybit.kernels.request import REGIMES, KernelSpec, Request  # noqa: E402
+from anybit.kernels.triton import block_launch  # noqa: E402
 from anybit.platforms import ARCHS, PLATFORMS, Platform  # noqa: E402
 from anybit.schemes import Scheme  # noqa: E402
 
 Row = dict[str, Any]
+BESIDE = ((block_launch.NAME, block_launch.compile_cases),)  # kernels that are no products: no plan chooses them
 
 
 def all_cases(archs: Iterable[str] = (), kernels: Iterable[str] = ()) -> list[CompileCase]:
     """Every case of every kernel, of these architectures and kernels only where any are named."""
     archs, kernels = set(archs), set(kernels)
+    sources = [*((spec.name, spec.cases) for spec in KERNELS), *BESIDE]
     return [
         case
-        for spec in KERNELS
-        if not kernels or spec.name in kernels
+        for name, cases in sources
+        if not kernels or name in kernels
         for arch in ARCHS
         if not archs or arch in archs
-        for case in spec.cases(arch)
+        for case in cases(arch)
     ]
 
 

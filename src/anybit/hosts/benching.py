@@ -1,7 +1,8 @@
 """Decode speed of a whole model of random weights: the layers of a real architecture, made on the device on the spot.
 
 One token at a time through transformers with a static cache; on a GPU the step is captured once as a graph and
-replayed, so that what counts is the device's time and not Python's.
+replayed, so that what counts is the device's time and not Python's. The unquantized model is transformers' own, layer
+for layer; "dense" is the same in our hands.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ CONFIGS: Final[dict[str, dict[str, int]]] = {
 _CONTEXT: Final = 256  # room of the static cache
 _PROMPT: Final = 16
 _STEPS: Final = 48
+DENSE: Final = "dense"  # in place of a scheme: unquantized layers, but our kernels and blocks
 
 
 def decode_speed(
@@ -45,7 +47,8 @@ def decode_speed(
 ) -> dict[str, Any]:
     """Tokens a second, bytes held, the share of the streaming floor, and what a plan predicts of them; batch 1.
 
-    quantization  an online name for the layers (the head stays as it is), None: all of `dtype`
+    quantization  an online name for the layers (the head stays as it is), None: all of `dtype` and transformers' own,
+                  DENSE: all of `dtype`, on the kernels that a plan chooses
     compiled      torch.compile fuses what lies between the products first; takes a minute
     The prediction of speed is that of `anybit fit`: the chosen kernels' prices and a constant for each block.
     """
@@ -53,6 +56,7 @@ def decode_speed(
     predicted = _Predicted()
     with Meter(device) as meter:
         model = _model(CONFIGS[config], quantization, platform, device, kind, predicted)
+        short = _shortened(model, kind) if quantization is not None and not compiled and platform.vendor != "cpu" else 0
     with torch.inference_mode():
         seconds = _decode_seconds(model, device, compiled=compiled)
     weights = sum(b.nbytes for b in [*model.buffers(), *model.parameters()])
@@ -68,6 +72,7 @@ def decode_speed(
     return {"quantization": quantization, "tokens_per_second": 1 / seconds, "held_bytes": held,
             "weight_bytes": weights, "share_of_floor": floor / seconds, "kernels": sorted(predicted.kernels),
             "predicted_tokens_per_second": 1 / (predicted.seconds + between), "is_compiled": compiled,
+            "short_blocks": short,
             "predicted_bytes": predicted.bytes + sum(p.nbytes for p in embedding_bytes)}
 
 
@@ -97,7 +102,7 @@ def _model(
                                     attn_implementation="sdpa", dtype=dtype)
     with torch.device("meta"):
         model = LlamaForCausalLM(made)
-    rules = None if quantization is None else quantizer(quantization)
+    rules = None if quantization in (None, DENSE) else quantizer(quantization)
     known = measured.read(platform)
     policy = known.policy(str(dtype).removeprefix("torch."))
     for index, (path, module) in enumerate(list(model.named_modules())):
@@ -109,10 +114,21 @@ def _model(
             scheme = rules.scheme_of(Layer(path, "linear", shape, dense(str(dtype).removeprefix("torch."))))
         request = Request("linear", scheme or dense(str(dtype).removeprefix("torch.")), shape,
                           str(dtype).removeprefix("torch."))
-        model.set_submodule(path, _linear(request, index, platform, policy, device, dtype, predicted))
+        own = _linear(request, index, platform, policy, device, dtype, predicted)
+        if quantization is not None:
+            model.set_submodule(path, own)
+        else:
+            module.weight = nn.Parameter(own.product.stored.dequantize().to(dtype), requires_grad=False)
     _materialize(model, device, dtype)
     model.train(False)
     return model
+
+
+def _shortened(model: Any, dtype: torch.dtype) -> int:
+    """Decoder blocks that take the short way."""
+    from anybit.hosts.blocks_gpu import shorten_steps
+
+    return shorten_steps(model, dtype)
 
 
 def _linear(

@@ -26,7 +26,7 @@ from anybit.kernels.native.planes import Planes
 _ROOM: Final = 256  # tokens by which a cache grows at least
 _TOLERANCE: Final = 2e-5  # of the largest magnitude; the order of sums differs
 _PROBE_TOKENS: Final = 5
-_RECORDED: Final = ("output_attentions", "output_hidden_states")
+RECORDED: Final = ("output_attentions", "output_hidden_states")
 
 
 def shorten_steps(model: nn.Module) -> int:
@@ -36,7 +36,7 @@ def shorten_steps(model: nn.Module) -> int:
     if rotary is None or getattr(config, "num_attention_heads", None) is None:
         return 0
     found = 0
-    for layer in _decoder_layers(model):
+    for layer in decoder_layers(model):
         short = _short_way(layer, config)
         if short is not None and _is_proven(layer, short, config, rotary):
             _install(layer, short)
@@ -44,7 +44,8 @@ def shorten_steps(model: nn.Module) -> int:
     return found
 
 
-def _decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
+def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that have the parts of a decoder block, in their order."""
     for module in model.modules():
         if hasattr(module, "self_attn") and hasattr(module, "mlp") and hasattr(module, "input_layernorm"):
             yield module
@@ -155,7 +156,7 @@ def _is_proven(layer: nn.Module, short: ShortWay, config: Any, rotary: nn.Module
     """True if block and cache equal the host's for a token after a few others; sets `takes_prompts` by a prompt."""
     made = torch.Generator().manual_seed(short.index)
     x = torch.randn(1, _PROBE_TOKENS + 1, short.block.hidden, generator=made)
-    positions = torch.arange(_PROBE_TOKENS + 1)[None] + 3
+    positions = far_positions(config, _PROBE_TOKENS + 1)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -163,7 +164,7 @@ def _is_proven(layer: nn.Module, short: ShortWay, config: Any, rotary: nn.Module
             cosine, sine = rotary(x, positions)
             if cosine.shape[-1] != short.block.dim:
                 return False
-            host = partial(_host, layer, x, cosine, sine, positions)
+            host = partial(run_host, layer, x, cosine, sine, positions)
             if not _steps_agree(host, short, config, x, cosine, sine):
                 return False
             short.takes_prompts = short.block.takes_many and _prompts_agree(host, short, config, x, cosine, sine)
@@ -172,6 +173,11 @@ def _is_proven(layer: nn.Module, short: ShortWay, config: Any, rotary: nn.Module
         return False
     finally:
         torch.set_num_threads(threads)
+
+
+def far_positions(config: Any, tokens: int) -> Tensor:
+    """The last positions of a context [1, tokens]: some attentions scale their scores there and nowhere else."""
+    return torch.arange(tokens)[None] + max(3, int(getattr(config, "max_position_embeddings", 0) or 0) - tokens)
 
 
 _Host = Callable[[Any, slice], Tensor]  # (cache, which tokens) -> the host's y
@@ -207,9 +213,10 @@ def _prompts_agree(host: _Host, short: ShortWay, config: Any, x: Tensor, cosine:
     return all(_close(a, b) for a, b in ((found, wanted), (kept.keys, own.keys), (kept.values, own.values)))
 
 
-def _host(
+def run_host(
     layer: nn.Module, x: Tensor, cosine: Tensor, sine: Tensor, positions: Tensor, cache: Any, at: slice
 ) -> Tensor:
+    """The block's y as the host computes it, without a mask."""
     found = layer(x[:, at], attention_mask=None, position_ids=positions[:, at], past_key_values=cache, use_cache=True,
                   position_embeddings=(cosine[:, at], sine[:, at]))
     return cast("Tensor", found[0] if isinstance(found, tuple) else found)
@@ -260,7 +267,7 @@ def _install(layer: nn.Module, short: ShortWay) -> None:
             (tokens == 1 or short.takes_prompts) and hidden_states.dtype == torch.float32 and not args
             and rotation is not None and cache is not None and kwargs.get("attention_mask") is None
             and not torch.is_grad_enabled() and hidden_states.is_contiguous() and hidden_states.device.type == "cpu"
-            and not any(kwargs.get(name) for name in _RECORDED) and not torch.compiler.is_compiling()
+            and not any(kwargs.get(name) for name in RECORDED) and not torch.compiler.is_compiling()
         ):
             cosine, sine = rotation
             fits = cosine.dtype == torch.float32 and cosine.numel() == tokens * dim

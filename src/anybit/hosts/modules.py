@@ -67,6 +67,12 @@ class _Bound(nn.Module):
         product.bias = real.get("bias")
         return self
 
+    def rebind(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the same contents from elsewhere: `tensors` by the names of the kernel's layout, as bit patterns."""
+        for name, tensor in tensors.items():
+            setattr(self, f"packed_{name}", tensor)
+        self.product.stored.bind({name: cast("Tensor", getattr(self, f"packed_{name}")) for name in self._stored_names})
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _Bound:
         raise DeviceProblem(
             "a packed layer cannot be copied", wanted="one copy of the weights", remedy="load the model a second time"

@@ -314,6 +314,16 @@ class Call:
             self.finish(*self.finish_grid, stream, scratch, tensors, self.rows)
         return out
 
+    def of_made(self, scratch: Tensor, bias: Tensor | None) -> Tensor:
+        """The product of rows that another kernel quantized into a scratch, as `quantize` would have."""
+        stream = stream_of(self.device.index)
+        out = scratch.new_empty(self.shape, dtype=self.dtype)
+        tensors = (out,) if bias is None else (bias, out)
+        self.product(*self.grid, stream, scratch, tensors, self.rows)
+        if self.finish is not None:
+            self.finish(*self.finish_grid, stream, scratch, tensors, self.rows)
+        return out
+
 
 def remember(calls: dict[Any, Any], key: Any, made: Any) -> Any:
     """Keep what was made for a key, and forget the oldest where there are many (prompts of every length)."""

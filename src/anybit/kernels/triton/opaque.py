@@ -58,6 +58,11 @@ class Launched(Opaque):
             run = remember(self._calls, key, self._run_of(x, bias, out_dtype))
         return cast("Tensor", run(x, bias))
 
+    def launches(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Call | None:
+        """What `linear` launches for rows like x [M, K], where it is launches alone."""
+        found = self._prepared(x, bias, out_dtype)
+        return found if isinstance(found, Call) else None
+
     def _run_of(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Run:
         """How calls are carried out whose x has this shape, these strides and this dtype."""
         rows = _rows(x)

@@ -40,6 +40,8 @@ PARTS: Final = ("plane_0", "plane_1", "plane_2", "scale", "scale_super", "zeros"
                 "table")
 _ACTIVATION: Final = "activation_"  # of the names of static activation tensors
 _NO_TENSORS: Final[Mapping[str, Tensor]] = MappingProxyType({})
+# torch's product takes up to six times as long (H200) where the rows that it writes are no multiples of 16 bytes
+_ALIGNED_OUTPUTS: Final = 8
 _PINNED_TOKENS: Final = 16  # the configuration of every M where a row's result must not depend on M
 _PINNED_CALL: Final = 256  # tokens of one launch there: each has parts of split-K
 # pieces of 8 significant bits that hold 24, 11 and 8 of them
@@ -121,6 +123,10 @@ class StoredPlanes(Launched):
             from anybit.kernels.triton.quantizers import Quantizer  # needs Triton; weights are stored without it too
 
             self._quantizer = Quantizer(self._spec, self._activation, self.shape[1], values=torch.bfloat16, own=True)
+
+    def _pitch(self) -> int:
+        """How far apart values of neighbouring groups lie: the padded rows, those of the whole for a part of one."""
+        return next((self._parts[i].stride(-2) for i in (3, 6, 5) if self._parts[i].dim() > 1), self._parts[8].shape[0])
 
     def _find_static_factor(self) -> float | None:
         """The factor that every row of quantized activations has, read once; None where rows differ.
@@ -227,7 +233,7 @@ class StoredPlanes(Launched):
         device, arch = x.device, arch_of(x.device)
         config = configure(form, rows, columns, _PINNED_TOKENS if self._is_pinned else tokens, arch)
         row = self._parts[8]  # stands in for what a specialization does not read
-        padded_rows, padded = row.shape[0], form.padded(columns)
+        padded_rows, padded, pitch = row.shape[0], form.padded(columns), self._pitch()
         tiles, is_split = -(-tokens // config.tokens) * (padded_rows // config.rows), config.split > 1
         size = 0 if quantize is None else quantize.scratch_bytes
         parts: Argument = row
@@ -240,9 +246,9 @@ class StoredPlanes(Launched):
             matmul_kernel,
             [x.dtype if quantize is None else quantize.pieces["codes"], *self._parts,
              row if factors is None else factors, row if bias is None else bias.dtype, out_dtype, parts,
-             Zeros(tiles, self._captured) if is_split else row, int, rows, padded_rows, columns, padded,
+             Zeros(tiles, self._captured) if is_split else row, int, rows, pitch, columns, padded,
              x.stride(0) if quantize is None and tokens > 1 else columns,
-             padded_rows if self._parts[5].shape[0] > 1 else 0, half_factor(form, is_half=is_half)],
+             pitch if self._parts[5].shape[0] > 1 else 0, half_factor(form, is_half=is_half)],
             {**constants(form), "R": form.run, "TERMS": terms_of(form, is_half=is_half), "BM": config.tokens,
              "BN": config.rows, "SPLIT": is_split, "TOKENS": factors is not None, "BIAS": bias is not None,
              "EVEN": columns == padded, "ASM": config.assembly, "WAITS": waits},
@@ -250,18 +256,20 @@ class StoredPlanes(Launched):
         )  # fmt: skip
         return Call((tokens, rows), out_dtype, device, tokens, size, quantize, made, (tiles, config.split))
 
-    def _expanded_rows(self, start: int, count: int, dtype: torch.dtype, *, with_rows: bool) -> Tensor:
-        """Rows of the weight from `start` on, decoded: [count, K] in a 16-bit dtype."""
+    def _expanded_rows(
+        self, start: int, count: int, dtype: torch.dtype, *, with_rows: bool, room: int
+    ) -> Tensor:
+        """Rows of the weight from `start` on, decoded: [room, K] in a 16-bit dtype, those after `count` undefined."""
         from anybit.kernels.triton.planes_kernels import expand_kernel
 
         form, row, columns = self._packed.form, self._parts[8], self.shape[1]
-        out = torch.empty((count, columns), dtype=dtype, device=row.device)
-        padded_rows, padded = row.shape[0], form.padded(columns)
+        out = torch.empty((room, columns), dtype=dtype, device=row.device)
+        pitch, padded = self._pitch(), form.padded(columns)
         tile_rows, blocks = expansion(form)
         launch(
             expand_kernel, (-(-count // tile_rows), -(-(padded // form.block) // blocks)),
-            [*self._parts, out, start, count, padded_rows, columns, padded,
-             padded_rows if self._parts[5].shape[0] > 1 else 0, half_factor(form, is_half=dtype == torch.float16)],
+            [*self._parts, out, start, count, pitch, columns, padded,
+             pitch if self._parts[5].shape[0] > 1 else 0, half_factor(form, is_half=dtype == torch.float16)],
             out.device, **constants(form), ROW=with_rows, BN=tile_rows, NB=blocks, num_warps=4, num_stages=1,
         )  # fmt: skip
         return out
@@ -291,13 +299,14 @@ class StoredPlanes(Launched):
         if factors is not None and self._static_factor is not None:
             alpha, factors = alpha * self._static_factor, None
         step = max(64, SCRATCH_BYTES // (2 * max(k, 1)) // 64 * 64)
-        out = torch.empty((x.shape[0], n), dtype=out_dtype, device=x.device)
+        room = -(-n // _ALIGNED_OUTPUTS) * _ALIGNED_OUTPUTS
+        out = torch.empty((x.shape[0], room), dtype=out_dtype, device=x.device)
         for start in range(0, n, step):
-            count = min(step, n - start)
-            tile = self._expanded_rows(start, count, x.dtype, with_rows=not is_common)
-            part = None if bias is None else bias[start : start + count]
-            _product_into(out[:, start : start + count], x, tile, factors, part, alpha)
-        return out
+            count, wide = min(step, n - start), min(step, room - start)
+            tile = self._expanded_rows(start, count, x.dtype, with_rows=not is_common, room=wide)
+            part = None if bias is None else torch.nn.functional.pad(bias[start : start + count], (0, wide - count))
+            _product_into(out[:, start : start + wide], x, tile, factors, part, alpha)
+        return out if room == n else out[:, :n].contiguous()
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight's rows [.., K] for integer `index` [..]."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from anybit.kernels.triton.recipes import (
 )
 from anybit.numerics.scales import quotient
 
-__all__ = ["Quantized", "Quantizer", "QuantizerPlan", "fake_quantize", "quantize"]
+__all__ = ["Form", "Quantized", "Quantizer", "QuantizerPlan", "fake_quantize", "quantize"]
 
 _FOLLOWING_ROWS: Final = 64
 _NONE: Final[Mapping[str, Tensor]] = MappingProxyType({})
@@ -89,6 +89,25 @@ def fake_quantize(
     """
     found = Quantizer(spec, tensors, columns or x.shape[1], values=dtype, own=True)(x)
     return found.codes, found.factor
+
+
+class Form(NamedTuple):
+    """All that decides what a Quantizer makes of rows, but for its static number: its arguments, and what follows.
+
+    is_shifted  codes carry a zero point
+    is_static   what the rule reads beside a row is the same at every call, or nothing
+    """
+
+    spec: Spec
+    columns: int
+    values: torch.dtype | None
+    own: bool
+    fnuz: bool
+    packed: bool
+    sums: bool
+    by_row: bool
+    is_shifted: bool
+    is_static: bool
 
 
 class Quantizer:
@@ -166,6 +185,17 @@ class Quantizer:
         return x.dtype if self._statistic == "call_range" else torch.float32
 
     @property
+    def form(self) -> Form:
+        """What it makes; equal for quantizers that make the same by the same static number."""
+        return Form(self.spec, self.columns, self._values, self._own, self._fnuz, self._packed, self._sums, self.by_row,
+                    self._is_shifted, self._is_static)
+
+    @property
+    def static(self) -> Tensor | None:
+        """The number that the rule reads, where it is the same at every call."""
+        return self._static if self._is_static else None
+
+    @property
     def has_zero_point(self) -> bool:
         """True where codes carry a zero point that is stored beside them."""
         return self._is_shifted and self._values is None and not self._in_groups
@@ -206,6 +236,11 @@ class QuantizerPlan:
             given = self._quantizer.given(x) if given is None else given
             assert given is not None
             self._launch(x_programs, y_programs, stream, scratch, (x, given))
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """The recipe, and what is wanted of it."""
+        return self._quantizer
 
     def quantized(self, scratch: Tensor) -> Quantized:
         """The pieces as tensors."""

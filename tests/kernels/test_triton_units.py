@@ -1,0 +1,143 @@
+"""Layers joined for a decoder block on a GPU: the same weights, held once, each layer a window on the whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from anybit.checkpoints.online import quantizer
+from anybit.hosts.modules import AnybitLinear
+from anybit.kernels.catalogue import Stored, implementation, kernel
+from anybit.kernels.product import product_of
+from anybit.kernels.trials import sample_weight
+from anybit.schemes import CHANNEL, TENSOR, Layer, Offset, ScaleLevel, Scheme, dense, group
+from anybit.weights import Dense
+
+pytest.importorskip("triton")
+from anybit.kernels.triton.units import join
+
+K = 256
+ROWS = (128, 64, 64)
+SCHEMES = {
+    "int4 g128": (Scheme("int4", (ScaleLevel("bfloat16", group(128)),)), "triton-fused"),
+    "uint4 g32 zp": (Scheme("uint4", (ScaleLevel("float16", group(32)),), offset=Offset("zero_point", "uint4", group(32))),
+                     "triton-fused"),
+    "q4_k": (Scheme("uint4", (ScaleLevel("uint6", group(32)), ScaleLevel("float16", group(256))), offset=Offset(
+        "minimum", "uint6", group(32), (ScaleLevel("float16", group(256)),), subtract=True)), "triton-fused"),
+    "int3 g128": (Scheme("int3", (ScaleLevel("bfloat16", group(128)),)), "triton-fused"),
+    "nvfp4 weights": (Scheme("fp4_e2m1", (ScaleLevel("fp8_e4m3fn", group(16)), ScaleLevel("float32", TENSOR))),
+                      "triton-fused"),
+    "nf4 g64": (Scheme("nf4", (ScaleLevel("float32", group(64)),)), "triton-fused"),
+    "int8 channel": (Scheme("int8", (ScaleLevel("float32", CHANNEL),)), "triton-fused"),
+    **{name: (quantizer(name).scheme_of(Layer("x", "linear", (128, K), dense("bfloat16"))), chosen)
+       for name, chosen in (("nvfp4", "triton-fused"), ("fp8_per_channel", "triton-w8a8-fp8"),
+                            ("int8_asym", "triton-w8a8-int8"), ("int8_per_channel", "triton-w8a8-int8"))},
+}
+
+
+def layer(scheme: Scheme, chosen: str, rows: int, seed: int) -> AnybitLinear:
+    """A packed layer [rows, K], every global scale another one."""
+    weight = sample_weight(scheme, (rows, K), seed)
+    stored = implementation(kernel(chosen)).prepare(weight, torch.bfloat16, dict.fromkeys(
+        ("decode", "small", "prefill"), chosen))
+    return AnybitLinear(product_of(weight, stored))
+
+
+def joined(layers: list[AnybitLinear]) -> Stored:
+    """The whole; the layers are windows on it afterwards."""
+    found = join([module.product.stored for module in layers])
+    assert found is not None
+    for module, window in zip(layers, found[1], strict=True):
+        module.rebind(window)
+    return found[0]
+
+
+def held(tensors: dict[str, Tensor]) -> int:
+    """Bytes of the storages that large tensors are in."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_layers_are_what_they_were_and_lie_in_the_whole(name: str) -> None:
+    scheme, chosen = SCHEMES[name]
+    layers = [layer(scheme, chosen, rows, seed) for seed, rows in enumerate(ROWS)]
+    before = [module.product.stored.dequantize() for module in layers]
+    index = torch.tensor([3, 0, 63])
+    some = [module.product.stored.rows(index, torch.float32) for module in layers]
+    whole = joined(layers)
+    assert whole.shape == (sum(ROWS), K)
+    for module, weight, few in zip(layers, before, some, strict=True):
+        assert torch.equal(module.product.stored.dequantize(), weight)
+        assert torch.equal(module.product.stored.rows(index, torch.float32), few)
+    of_whole = {t.untyped_storage().data_ptr() for t in whole.tensors().values()}
+    large = [t for module in layers for n, t in module.product.stored.tensors().items()
+             if n.startswith(("plane", "codes", "scale", "row", "factor", "addend", "zeros", "sums")) and t.numel() >= 64
+             and not (n.startswith("scale_") and chosen.startswith("triton-w8a8"))]
+    assert large
+    assert all(t.untyped_storage().data_ptr() in of_whole for t in large)
+
+
+@pytest.mark.parametrize("name", ["int4 g128", "fp8_per_channel"])
+def test_the_wholes_rows_are_the_layers_rows_in_their_order(name: str) -> None:
+    scheme, chosen = SCHEMES[name]
+    layers = [layer(scheme, chosen, rows, seed) for seed, rows in enumerate(ROWS)]
+    before = [dict(module.product.stored.tensors()) for module in layers]
+    tensors = joined(layers).tensors()
+    for key, axis in (("plane_0", 0), ("scale", -1), ("row", 0), ("codes", 0), ("factor", 0)):
+        if key in tensors:
+            assert torch.equal(tensors[key], torch.cat([t[key] for t in before], axis))
+
+
+def test_moving_a_joined_layer_leaves_its_weight_as_it_is() -> None:
+    scheme, chosen = SCHEMES["int4 g128"]
+    layers = [layer(scheme, chosen, rows, seed) for seed, rows in enumerate(ROWS)]
+    before = layers[1].product.stored.dequantize()
+    joined(layers)
+    layers[1]._apply(lambda t: t.clone())
+    assert torch.equal(layers[1].product.stored.dequantize(), before)
+
+
+def test_unquantized_layers_are_joined_whatever_kernel_each_has() -> None:
+    tensors = [torch.randn(rows, K).bfloat16() for rows in ROWS]
+    names = ("torch-dense", "triton-skinny", "triton-skinny")
+    layers = []
+    for tensor, name in zip(tensors, names, strict=True):
+        weight = Dense(dense("bfloat16"), tensor)
+        stored = implementation(kernel(name)).prepare(weight, torch.bfloat16, dict.fromkeys(
+            ("decode", "small", "prefill"), name))
+        layers.append(AnybitLinear(product_of(weight, stored)))
+    whole = joined(layers)
+    assert torch.equal(whole.dequantize(), torch.cat(tensors).float())
+    x = torch.randn(3, K).bfloat16()
+    assert torch.equal(layers[0](x), torch.nn.functional.linear(x, tensors[0]))
+
+
+@pytest.mark.parametrize("difference", ["rows", "scheme", "act order", "one layer", "static scale", "columns"])
+def test_layers_that_do_not_fit_below_each_other_stay_alone(difference: str) -> None:
+    scheme, chosen = SCHEMES["int4 g128"]
+    other, rows = scheme, 64
+    if difference == "rows":
+        rows = 40
+    elif difference == "scheme":
+        other = replace(scheme, scales=(ScaleLevel("float16", group(128)),))
+    elif difference == "act order":
+        other = scheme = replace(scheme, act_order=True, scales=(ScaleLevel("bfloat16", group(128), placement="gathered"),))
+    elif difference == "static scale":
+        from anybit.schemes import ActivationSpec
+
+        spec = ActivationSpec("fp4_e2m1", False, "group", "nvfp4", 16)
+        other = scheme = replace(SCHEMES["nvfp4 weights"][0], activation=spec)
+    layers = [layer(scheme, chosen, 64, 0)]
+    if difference != "one layer":
+        layers.append(layer(other, chosen, rows, 1))
+    if difference == "static scale":
+        layers[1].product.stored._activation["global_scale"] = torch.tensor([77.0])
+    if difference == "columns":
+        weight = sample_weight(scheme, (64, 2 * K), 3)
+        stored = implementation(kernel(chosen)).prepare(weight, torch.bfloat16, {"decode": chosen})
+        layers[1] = AnybitLinear(product_of(weight, stored))
+    assert join([module.product.stored for module in layers]) is None
