@@ -72,6 +72,19 @@ def test_pinned_tiles_do_not_depend_on_the_rows_and_are_not_shared() -> None:
         assert config.grid(4096, 4096) > config.grid(1, 4096)
 
 
+def test_every_kind_of_tile_that_is_chosen_has_something_to_compile() -> None:
+    compiled = [case.constants for case in hopper_cases("sm_90")]
+    kinds = {(c["IS_INTEGER"], c["W_SHIFTED"], c["IN_BLOCKS"], c["BM"], c["BN"], c["STREAM"], c["WAITS"])
+             for c in compiled}
+    for _, product in CASES:
+        for n, k in [*SIZES, (256, 512), (1024, 4096), (28672, 8192), (18944, 3584), (512, 28672)]:
+            for m in [*ROWS, 17, 24, 48, 96, 192, 256, 384]:
+                config = configure_hopper(n, k, m, product, given(product))
+                if config is not None:
+                    assert (product.is_integer, product.w_shifted, bool(product.w_group), config.bm, config.bn,
+                            config.share > 0, config.waits) in kinds, (n, k, m)
+
+
 def test_it_is_compiled_for_hopper_only() -> None:
     assert {case.arch for arch in ARCHS for case in hopper_cases(arch)} == {"sm_90"}
 
