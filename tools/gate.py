@@ -126,6 +126,7 @@ def compile_case(case: CompileCase) -> Row:
     """Compile in this process; the row without its hash."""
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
 
     vendor = ARCHS[case.arch].vendor
     if vendor == "amd":
@@ -142,8 +143,11 @@ def compile_case(case: CompileCase) -> Row:
         for i, n in enumerate(names)
         if n not in constants and (case.types[n].startswith("*") or n in case.divisible)
     }
-    constexprs = {(names.index(n),): v for n, v in constants.items()}
-    source = _source_class(kernel)(kernel, signature, constexprs=constexprs, attrs=attributes)
+    source_of: Any = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source_of
+    source = source_of(kernel, signature, constexprs={(names.index(n),): v for n, v in constants.items()},
+                       attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
     compiled = triton.compile(source, target=target, options=options)
     text = compiled.asm["amdgcn" if vendor == "amd" else "ptx"]
@@ -156,17 +160,6 @@ def compile_case(case: CompileCase) -> Row:
         "shared_bytes": compiled.metadata.shared,
         "instructions": dict(sorted(count.items())),
     }
-
-
-def _source_class(kernel: Any) -> Any:
-    """What a kernel's text is compiled as: Triton, or Gluon, where layouts and waits are the kernel's own."""
-    if kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource
-
-        return GluonASTSource
-    from triton.compiler import ASTSource
-
-    return ASTSource
 
 
 def _constant(value: Any) -> Any:
