@@ -74,7 +74,8 @@ def draw(document: dict[str, Any], theme: str, target: Path) -> None:
     figure.supylabel("times as fast as unquantized bfloat16", fontsize=9)
     legends = [place.get_legend_handles_labels() for place in axes.flat]
     named = {label: handle for handles, labels in legends for handle, label in zip(handles, labels, strict=True)}
-    figure.legend(named.values(), named.keys(), loc="upper center", ncols=min(len(named), 5), frameon=False, title="K x N")
+    figure.legend(named.values(), named.keys(), loc="upper center", ncols=min(len(named), 5), frameon=False,
+                  title="K x N")
     axes.flat[0].set_ylim(0, min(axes.flat[0].get_ylim()[1], _HIGHEST))
     figure.tight_layout(rect=(0.02, 0, 1, 1 - _LEGEND_INCHES / height))
     figure.savefig(target, transparent=True, metadata={"Date": None})
