@@ -1,7 +1,7 @@
 """Speed of kernels relative to torch's unquantized product, over the number of tokens: one panel a scheme.
 
     anybit bench kernels --write benchmarks/results/h200.json
-    python benchmarks/plot_kernels.py benchmarks/results/h200.json docs/plots/h200     (needs matplotlib)
+    python benchmarks/plot_kernels.py docs/plots/h200     (needs matplotlib)
 
 Writes h200-light.svg and h200-dark.svg. A line is a shape (K x N); each point is the kernel that a plan by these times
 takes (`tools/measured_tables.py`), of one stored layout.
@@ -18,8 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
-from measured_tables import planned
+from measured_tables import all_rows, planned
 
+_LEAST_CELLS = 4
 _LEGEND_INCHES = 0.9
 _HIGHEST = 4.0  # beyond it are odd sizes, at which the unquantized product falls to a fraction of its speed
 INK = {"light": ("#1b1f24", "#d0d7de"), "dark": ("#e6edf3", "#3d444d")}
@@ -36,8 +37,10 @@ def ratios_of(document: dict[str, Any]) -> dict[str, dict[tuple[int, int], dict[
     found: dict[str, dict[tuple[int, int], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for cell in planned(document):
         n, k = cell.shape
-        found[cell.name][k, n][cell.tokens] = cell.ratio
-    return found
+        if cell.name != "none":
+            found[cell.name][k, n][cell.tokens] = cell.ratio
+    return {name: {shape: cells for shape, cells in shapes.items() if len(cells) >= _LEAST_CELLS}
+            for name, shapes in found.items()}
 
 
 def draw(document: dict[str, Any], theme: str, target: Path) -> None:
@@ -85,10 +88,10 @@ def draw(document: dict[str, Any], theme: str, target: Path) -> None:
 def main() -> int:
     """Write both themes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path)
     parser.add_argument("target", type=Path, help="path without -light.svg")
+    parser.add_argument("results", type=Path, nargs="?", help="default: what is committed of an H200")
     options = parser.parse_args()
-    document = json.loads(options.results.read_text())
+    document = all_rows() if options.results is None else json.loads(options.results.read_text())
     options.target.parent.mkdir(parents=True, exist_ok=True)
     for theme in INK:
         draw(document, theme, options.target.with_name(f"{options.target.name}-{theme}.svg"))
