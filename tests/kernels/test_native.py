@@ -31,7 +31,7 @@ if LIBRARY is None:
 from anybit.kernels.native.planes import Planes, from_weight, pack_planes  # noqa: E402
 from anybit.kernels.native.support import code, reasons_against  # noqa: E402
 
-ISAS = [isa for isa in ("generic", "avx2", "avx512") if LIBRARY.set_isa(isa)]
+ISAS = [isa for isa in ("generic", "avx2", "avx512", "avx512_vbmi") if LIBRARY.set_isa(isa)]
 LIBRARY.set_isa("")
 
 INTEGERS = [f"{kind}{bits}" for kind in ("uint", "int") for bits in range(1, 9)]
@@ -419,7 +419,7 @@ def test_the_loader_needs_no_torch_and_can_be_switched_off(variable: str, word: 
     assert word in out.stdout
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize("isa", ["avx512_vbmi", "avx512", "avx2", "generic"])
 @pytest.mark.parametrize(("rows", "cols"), [(1, 32), (13, 48), (29, 2080), (64, 4100), (100, 96)])
 def test_a_product_of_many_tokens_equals_the_float64_product(isa: str, rows: int, cols: int) -> None:
     from anybit.kernels.native import library
