@@ -22,6 +22,7 @@ from anybit.checkpoints.online_rules import Targets
 from anybit.errors import DeviceProblem, Unsupported
 from anybit.hosts import kv_cache as cache_quantization
 from anybit.hosts.blocks import shorten_steps
+from anybit.hosts.chain import chain_steps
 from anybit.hosts.building import build
 from anybit.hosts.filling import Filler, Progress, assign, demand_filled
 from anybit.hosts.meter import Meter
@@ -143,7 +144,7 @@ def _build_and_fill(
     if target.type == "cpu" and any(unit.choice.layout == "planes" for unit in chosen.units):
         run_small_steps_alone(model)
         if chosen.dtype == "float32" and not chosen.policy.batch_invariant:
-            shorten_steps(model)
+            chain_steps(model, shorten_steps(model))
     if target.type != "cpu":
         model.to(target)  # rotary tables and other buffers; the weights are there already
     return model, unused

@@ -284,6 +284,18 @@ int32_t anybit_block_step(const anybit_block *b, const float *x, float *y, const
     return ANYBIT_OK;
 }
 
+int32_t anybit_blocks_step(const anybit_block *const *blocks, int64_t count, const float *x, float *y,
+                           const float *cosine, const float *sine, float *const *keys, float *const *values,
+                           const int64_t *strides, int64_t position, float *scratch, int32_t threads) {
+    for (int64_t i = 0; i < count; i++) {
+        if (blocks[i]->hidden != blocks[0]->hidden) return ANYBIT_BAD_WEIGHT;
+        const int32_t wrong = anybit_block_step(blocks[i], i ? y : x, y, cosine, sine, keys[i], values[i], strides[i],
+                                                position, scratch, threads);
+        if (wrong) return wrong;
+    }
+    return ANYBIT_OK;
+}
+
 /* ---- a decoder block, many tokens ------------------------------------------------------------------------------ */
 
 #define CHUNK 512 /* tokens at once: bounds the scratch */

@@ -18,6 +18,9 @@
 #define PIECE 4096     /* columns at once for one token */
 #define MANY_PIECE 2048 /* ... for several: their x stays in the first-level cache */
 #define BLOCK 32
+#if !defined(AHEAD)
+#define AHEAD 8192
+#endif
 #define UNITS (PIECE / 16 + 16) /* scales of a row's piece at most, and room for a vector */
 
 #if defined(ANYBIT_ENGINE_AVX512_VBMI)
@@ -150,7 +153,7 @@ INLINE int64_t units_in(int64_t columns, int unit) { return (columns + unit - 1)
 
 /* Asks for the bytes that will be read in the place of these some rows later: the next rows, or a page ahead. */
 INLINE void prefetch(const uint8_t *const *from, int rows, int64_t stride, int64_t bytes) {
-    const int64_t ahead = ROWS * stride > 4096 ? ROWS * stride : 4096;
+    const int64_t ahead = ROWS * stride > AHEAD ? ROWS * stride : AHEAD;
     if (rows == ROWS && from[ROWS - 1] - from[0] == (ROWS - 1) * stride && stride < bytes + 64) { /* one run of bytes */
         rows = 1;
         bytes += (ROWS - 1) * stride;
@@ -212,7 +215,7 @@ static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, in
         const uint8_t *base = (const uint8_t *)w->plane[i] + expert * w->plane_expert_stride[i] + (from >> 5) * block;
         const uint8_t *start[ROWS];
         for (int r = 0; r < rows; r++) p->plane[r][i] = start[r] = base + row[r] * w->plane_row_stride[i];
-        p->ahead[i] = ROWS * w->plane_row_stride[i] > 4096 ? ROWS * w->plane_row_stride[i] : 4096;
+        p->ahead[i] = ROWS * w->plane_row_stride[i] > AHEAD ? ROWS * w->plane_row_stride[i] : AHEAD;
         if (!is_dot) prefetch(start, rows, w->plane_row_stride[i], (columns >> 5) * block);
     }
     if (w->kind == ANYBIT_FLOAT) return;
