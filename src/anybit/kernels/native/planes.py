@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from anybit.kernels.native import ABI, ArrayStruct, MinifloatStruct, WeightStruct, library, why_missing
+from anybit.kernels.native.memory import settled
 from anybit.kernels.native.support import (
     FLOAT,
     MINIMUM,
@@ -101,6 +102,7 @@ class Planes:
             assert plane.shape[:-1] == self.shape[:-1] and plane.device.type == "cpu"
             assert element.kind == FLOAT or plane.shape[-1] == -(-self.cols // RUN) * 4 * width
             plane = plane if plane.stride(-1) == 1 or plane.shape[-1] <= 1 else plane.contiguous()
+            plane = plane if element.kind == FLOAT else settled(plane)  # the host may hold an unquantized tensor
             self.buffers.append(plane)
             self._struct.plane[i] = plane.data_ptr()
             self._struct.plane_row_stride[i] = plane.stride(-2) * plane.element_size()
@@ -147,6 +149,7 @@ class Planes:
         count = values.numel() * values.element_size()
         buffer = torch.zeros(count + _SLACK, dtype=torch.uint8)
         buffer[:count].view(values.dtype).copy_(values.flatten())
+        buffer = settled(buffer)
         self.buffers.append(buffer)
         row_bytes = values.shape[-1] * values.element_size()
         return ArrayStruct(
