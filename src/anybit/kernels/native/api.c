@@ -48,7 +48,7 @@ int32_t anybit_set_isa(const char *name) {
 /* Cuts the rows of each run into items and runs them. Small work stays on the calling thread: waking another one costs
  * microseconds. */
 static void run(anybit_job *job, void (*work)(void *), int64_t runs, int64_t bytes, int32_t threads) {
-    const int64_t small = 96 << 10, per_thread = 4;
+    const int64_t small = 96 << 10, per_thread = 4; /* more of them start cold more often */
     if (threads < 1 || bytes < small) threads = 1;
     int64_t pieces = threads == 1 ? 1 : (threads * per_thread + runs - 1) / runs;
     int64_t rows = (job->rows + pieces - 1) / pieces;

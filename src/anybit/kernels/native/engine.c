@@ -18,9 +18,7 @@
 #define PIECE 4096     /* columns at once for one token */
 #define MANY_PIECE 2048 /* ... for several: their x stays in the first-level cache */
 #define BLOCK 32
-#if !defined(AHEAD)
-#define AHEAD 8192
-#endif
+#define AHEAD 8192 /* bytes that are asked for beforehand, at least: some rows */
 #define UNITS (PIECE / 16 + 16) /* scales of a row's piece at most, and room for a vector */
 
 #if defined(ANYBIT_ENGINE_AVX512_VBMI)
@@ -171,7 +169,13 @@ static void units_of(const anybit_array *a, int64_t expert, const int64_t *row, 
     const uint8_t *base = (const uint8_t *)a->data + expert * a->expert_stride + first * size, *start[ROWS];
     for (int r = 0; r < rows; r++)
         start[r] = base + (a->row_block == 1 ? row[r] : row[r] / a->row_block) * a->row_stride;
-    if (group == unit) {
+    if (group == unit && a->format == ANYBIT_F16 && rows == ROWS) { /* the same as below, most common */
+        for (int r = 0; r < ROWS; r++) {
+            for (int64_t i = 0; i < count; i += WIDTH)
+                store(out[r] + i, load_half((const uint16_t *)(const void *)start[r] + i));
+            for (int64_t i = 0; i < count; i += 32) __builtin_prefetch(start[r] + AHEAD + 2 * i);
+        }
+    } else if (group == unit) {
         prefetch(start, rows, a->row_stride, count * size);
         convert_rows(a->format, start, rows, count, out);
     } else if (group == 0 || from + columns <= (first + 1) * group) { /* one entry */
@@ -205,6 +209,33 @@ static void units_of(const anybit_array *a, int64_t expert, const int64_t *row, 
     }
 }
 
+/* Scales of two levels as K-quants have them, a byte for each unit times a float16 for several: one pass; 0 for others. */
+static int multiplied_units(const anybit_array *a, const anybit_array *b, int64_t expert, const int64_t *row, int rows,
+                            int64_t from, int64_t columns, int unit, float (*out)[UNITS]) {
+    const int is_byte = a->format == ANYBIT_U8 || a->format == ANYBIT_I8;
+    const int64_t ratio = b->group / unit, count = units_in(columns, unit);
+    if (!is_byte || b->format != ANYBIT_F16 || a->group != unit || a->row_block != 1 || b->row_block != 1) return 0;
+    if (b->group % unit || (ratio != 8 && ratio != 16) || (from && from % b->group)) return 0;
+    const int shift = ratio == 8 ? 3 : 4;
+    const int64_t fine_from = expert * a->expert_stride + (from ? from / unit : 0);
+    const int64_t coarse_from = expert * b->expert_stride + (from ? from / b->group : 0) * 2;
+    for (int r = 0; r < rows; r++) {
+        const uint8_t *fine = (const uint8_t *)a->data + fine_from + row[r] * a->row_stride;
+        const uint8_t *coarse = (const uint8_t *)b->data + coarse_from + row[r] * b->row_stride;
+        float factors[UNITS / 8 + 16];
+        convert(ANYBIT_F16, coarse, (count + ratio - 1) >> shift, factors);
+        __builtin_prefetch(coarse + AHEAD);
+        for (int64_t i = 0; i < count; i += WIDTH) {
+            const vec values = a->format == ANYBIT_U8 ? load_unsigned(fine + i) : load_signed(fine + i);
+            const vec by = ratio < WIDTH ? repeated(factors + (i >> shift), shift) : splat(factors[i >> shift]);
+            const vec product = mul(values, by);
+            store(out[r] + i, a->negate ? sub(splat(-0.0f), product) : product);
+            if (i % 64 == 0) __builtin_prefetch(fine + AHEAD + i);
+        }
+    }
+    return 1;
+}
+
 /* Everything but the codes and the look-up tables: reads the scales and offsets of the piece and points at its codes. */
 static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, int rows, int64_t from, int64_t columns,
                   int unit, const int is_dot, pieces *p) {
@@ -220,12 +251,16 @@ static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, in
     }
     if (w->kind == ANYBIT_FLOAT) return;
     float second[ROWS][UNITS];
-    if (w->scale.data)
+    const int is_done = w->scale2.data && !w->divide && !w->scale.negate &&
+                        multiplied_units(&w->scale, &w->scale2, expert, row, rows, from, columns, unit, p->scale);
+    if (is_done)
+        ;
+    else if (w->scale.data)
         units_of(&w->scale, expert, row, rows, from, columns, unit, p->scale);
     else
         for (int r = 0; r < rows; r++)
             for (int64_t i = 0; i < count; i += WIDTH) store(p->scale[r] + i, splat(1.0f));
-    if (w->scale2.data) {
+    if (w->scale2.data && !is_done) {
         units_of(&w->scale2, expert, row, rows, from, columns, unit, second);
         for (int r = 0; r < rows; r++)
             for (int64_t i = 0; i < count; i += WIDTH) {
@@ -234,6 +269,9 @@ static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, in
             }
     }
     if (!w->offset.data) return;
+    if (w->offset2.data &&
+        multiplied_units(&w->offset, &w->offset2, expert, row, rows, from, columns, unit, p->offset))
+        return;
     units_of(&w->offset, expert, row, rows, from, columns, unit, p->offset);
     if (w->offset2.data) {
         units_of(&w->offset2, expert, row, rows, from, columns, unit, second);

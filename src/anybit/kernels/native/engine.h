@@ -27,7 +27,7 @@ typedef struct {
     const int64_t *row_indices; /* decode */
     int64_t row_start;
     int64_t rows, rows_per_item, items_per_run, items;
-    atomic_llong next;
+    _Alignas(64) atomic_llong next; /* a line of its own: all else is only read */
 } anybit_job;
 
 /* A product of many tokens: y [tokens, rows] of the rows [row_start, row_start + rows) of w. */

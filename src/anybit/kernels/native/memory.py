@@ -18,10 +18,11 @@ from torch import Tensor
 
 __all__ = ["settled"]
 
-_CHUNK: Final = 32 << 20  # bytes
+_CHUNK: Final = 256 << 20  # bytes of addresses; memory is taken as it is filled
 _PAGE: Final = 2 << 20
 _LINE: Final = 64
 _SMALL: Final = 4096  # bytes; less stays where it is
+_FLAGS: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 _ADVICE: Final = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux only
 
 
@@ -46,7 +47,7 @@ def _place(nbytes: int) -> tuple[mmap.mmap, int]:
         memory, used = (_last[0](), _last[1]) if _last is not None else (None, 0)
         if memory is None or used + nbytes > len(memory):
             size = max(_CHUNK, -(-nbytes // _PAGE) * _PAGE)
-            memory, used = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0
+            memory, used = mmap.mmap(-1, size, flags=_FLAGS), 0
             if _ADVICE is not None:
                 memory.madvise(_ADVICE)
         _last = weakref.ref(memory), -(-(used + nbytes) // _LINE) * _LINE

@@ -45,7 +45,9 @@ INLINE vec repeated(const float *p, const int shift) { /* each number 2^shift ti
     __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return _mm512_permutexvar_ps(_mm512_srli_epi32(lane, shift), load(p));
 }
-INLINE vec maximum(vec a, vec b) { return _mm512_max_ps(a, b); }
+INLINE vec maximum(vec a, vec b) { return _mm512_max_ps(a, b); } /* b where either is NaN; so does minimum */
+INLINE vec minimum(vec a, vec b) { return _mm512_min_ps(a, b); }
+INLINE vec times_power_of_two(vec v, vec whole) { return _mm512_scalef_ps(v, whole); }
 INLINE vec nan_from(vec v, float limit) { /* NaN where |v| >= limit */
     return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(_mm512_abs_ps(v), splat(limit), _CMP_GE_OQ), splat(NAN));
 }
