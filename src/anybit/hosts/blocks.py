@@ -217,6 +217,7 @@ def _host(
 
 
 def close(found: Tensor, wanted: Tensor) -> bool:
+    """Equal but for the order of sums."""
     return found.shape == wanted.shape and bool(
         ((found - wanted).abs() <= _TOLERANCE * wanted.abs().amax().clamp(min=1e-6)).all()
     )

@@ -8,7 +8,7 @@ way, block by block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
 
 import torch
@@ -71,7 +71,8 @@ class _Steps:
             return None
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not given.get("use_cache"):
             return None
-        if any(value is not None and value is not _PLAIN.get(name) for name, value in given.items() if name not in _KNOWN):
+        others = ((name, value) for name, value in given.items() if name not in _KNOWN and value is not None)
+        if any(value is not _PLAIN.get(name) for name, value in others):
             return None
         if given.get("inputs_embeds") is not None or self._config_records() or not self._are_ours():
             return None
@@ -107,22 +108,24 @@ class _Steps:
 
     def _caches(self, cache: Any) -> tuple[Caches, int] | None:
         """Buffers with room for one token more, and the tokens they hold; None for other caches."""
-        layers: Sequence[Any] = getattr(cache, "layers", ())
+        layers: list[Any] = list(getattr(cache, "layers", ()))
         if len(layers) != len(self._layers) or getattr(cache, "offloading", False):
             return None
-        seen, held = getattr(cache, "_anybit_seen", ()), getattr(cache, "_anybit_caches", None)
-        if held is not None and len(seen) == len(layers) and seen[0][0].shape[2] < held.room:
-            if all(layer.keys is keys and layer.values is values
-                   for layer, (keys, values) in zip(layers, seen, strict=True)):
-                return held, int(seen[0][0].shape[2])
+        seen: list[tuple[Tensor, Tensor]] = getattr(cache, "_anybit_seen", [])
+        held: Caches | None = getattr(cache, "_anybit_caches", None)
+        if (
+            held is not None and len(seen) == len(layers) and seen[0][0].shape[2] < held.room
+            and all(layer.keys is k and layer.values is v for layer, (k, v) in zip(layers, seen, strict=True))
+        ):
+            return held, int(seen[0][0].shape[2])
         if not all(is_plain_layer(cache, i) for i in range(len(layers))):
             return None
         lengths = {int(layer.keys.shape[2]) for layer in layers}
         if len(lengths) != 1 or lengths == {0}:
             return None
         tokens = lengths.pop()
-        cache._anybit_caches = Caches([room_of(layer, tokens) for layer in layers])
-        return cache._anybit_caches, tokens
+        held = cache._anybit_caches = Caches([room_of(layer, tokens) for layer in layers])
+        return held, tokens
 
 
 def _is_next(given: dict[str, Any], tokens: int) -> bool:
@@ -155,6 +158,6 @@ def _is_proven(base: nn.Module, steps: _Steps) -> bool:
     if any(value is not None for name, value in wanted.items() if name not in found):
         return False
     same = [(found.last_hidden_state, wanted.last_hidden_state)]
-    for own, ours in zip(caches[0].layers, caches[1].layers, strict=True):
+    for own, ours in zip(*(cast("Any", cache).layers for cache in caches), strict=True):
         same += [(ours.keys, own.keys), (ours.values, own.values)]
     return all(close(a, b) for a, b in same)

@@ -22,8 +22,8 @@ from anybit.checkpoints.online_rules import Targets
 from anybit.errors import DeviceProblem, Unsupported
 from anybit.hosts import kv_cache as cache_quantization
 from anybit.hosts.blocks import shorten_steps
-from anybit.hosts.chain import chain_steps
 from anybit.hosts.building import build
+from anybit.hosts.chain import chain_steps
 from anybit.hosts.filling import Filler, Progress, assign, demand_filled
 from anybit.hosts.meter import Meter
 from anybit.hosts.plans import Written, make_plan

@@ -137,12 +137,15 @@ INLINE void put(void *y, int32_t format, int64_t at, float value) {
         ((uint16_t *)y)[at] = format == ANYBIT_F16 ? float_to_half(value) : float_to_bfloat(value);
 }
 
+static int64_t arranged_size(const anybit_weight *w);
+
 /* ---- scales and offsets of a piece --------------------------------------------------------------------------- */
 
 /* A piece of some rows: planes at its first block, a scale and an offset for each unit. */
 typedef struct {
     const uint8_t *plane[ROWS][3];
     const lookup *all;
+    int scale_shift; /* 1 << scale_shift columns have one scale */
     int64_t ahead[3]; /* bytes from the codes of these rows to those that are asked for beforehand */
     float scale[ROWS][UNITS], offset[ROWS][UNITS];
 } pieces;
@@ -236,9 +239,25 @@ static int multiplied_units(const anybit_array *a, const anybit_array *b, int64_
     return 1;
 }
 
+/* Scales as they are stored, an entry a group: 0 where groups do not fit into runs of lanes. */
+static int stored_entries(const anybit_array *a, int64_t expert, const int64_t *row, int rows, int64_t from,
+                          int64_t columns, int *shift, float (*out)[UNITS]) {
+    const int64_t group = a->group;
+    if (group < 32 || (group & (group - 1)) || from & (group - 1) || a->row_block != 1) return 0;
+    *shift = __builtin_ctzll((unsigned long long)group);
+    const int64_t count = (columns + group - 1) >> *shift, first = from >> *shift, size = format_bytes[a->format];
+    const uint8_t *start[ROWS];
+    for (int r = 0; r < rows; r++)
+        start[r] = (const uint8_t *)a->data + expert * a->expert_stride + row[r] * a->row_stride + first * size;
+    prefetch(start, rows, a->row_stride, count * size);
+    convert_rows(a->format, start, rows, count, out);
+    return 1;
+}
+
 /* Everything but the codes and the look-up tables: reads the scales and offsets of the piece and points at its codes. */
 static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, int rows, int64_t from, int64_t columns,
                   int unit, const int is_dot, pieces *p) {
+    p->scale_shift = unit == 16 ? 4 : 5;
     static const int bytes_of_plane[9][3] = {{0}, {4}, {8}, {8, 4}, {16}, {16, 4}, {16, 8}, {16, 8, 4}, {32}};
     const int64_t count = units_in(columns, unit);
     for (int i = 0; i < 3 && w->plane[i]; i++) {
@@ -253,7 +272,9 @@ static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, in
     float second[ROWS][UNITS];
     const int is_done = w->scale2.data && !w->divide && !w->scale.negate &&
                         multiplied_units(&w->scale, &w->scale2, expert, row, rows, from, columns, unit, p->scale);
-    if (is_done)
+    const int is_stored = is_dot && w->scale.data && !w->scale2.data && arranged_size(w) &&
+                          stored_entries(&w->scale, expert, row, rows, from, columns, &p->scale_shift, p->scale);
+    if (is_done || is_stored)
         ;
     else if (w->scale.data)
         units_of(&w->scale, expert, row, rows, from, columns, unit, p->scale);
@@ -363,7 +384,7 @@ INLINE void ask_ahead(const pieces *p, int64_t b, const int plane, const int byt
 #if defined(HAS_LANES)
 #include "wide_parts.h"
 #else
-INLINE int64_t arranged_size(const anybit_weight *w) { return (void)w, 0; }
+static int64_t arranged_size(const anybit_weight *w) { return (void)w, 0; }
 static void arrange(const anybit_weight *w, const float *x, int64_t columns, float *to) {
     (void)w, (void)x, (void)columns, (void)to;
 }

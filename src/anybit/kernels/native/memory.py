@@ -31,7 +31,7 @@ _last: tuple[weakref.ref[mmap.mmap], int] | None = None  # the chunk that has ro
 
 
 def settled(tensor: Tensor) -> Tensor:
-    """The same bytes where they stay: a copy in a chunk; the tensor itself if it is small or there are no large pages."""
+    """The same bytes in a chunk; the tensor itself if it is small or there are no large pages."""
     nbytes = tensor.nbytes
     if _ADVICE is None or nbytes < _SMALL or not tensor.is_contiguous():
         return tensor

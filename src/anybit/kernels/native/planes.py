@@ -141,7 +141,7 @@ class Planes:
             self._struct.offset2 = self._array(spec.levels[0], offset_scales[0])
 
     def _fold(self, zero_points: Tensor) -> bool:
-        """True if one zero point serves all codes and the values of the codes now contain it: v - z once, not for each."""
+        """True if one zero point serves all codes: their values now hold it, v - z once and not for each weight."""
         struct = self._struct
         if struct.kind not in (TABLE, INTEGER) or struct.bits == 8 or zero_points.numel() == 0:
             return False

@@ -96,19 +96,16 @@ static int64_t arranged_size(const anybit_weight *w) {
     return order == AS_IT_IS ? 0 : (w->cols + run_of(order) - 1) & ~(run_of(order) - 1);
 }
 
-/* Scales or offsets of a run that begins with block b, a lane each; lanes without columns are zero. */
-INLINE vec lanes_of(const float *units, int64_t b, const int order, const int h, const int unit, const int is_whole,
+/* Scales or offsets of a run that begins with block b, 1 << shift columns each, a lane each; lanes without columns are
+ * zero. Groups of more columns than a run are multiples of it. */
+INLINE vec lanes_of(const float *entries, const int shift, int64_t b, const int order, const int h, const int is_whole,
                     __mmask16 lanes) {
     const __m512i lane = counting(1), q = _mm512_srli_epi32(lane, 2);
-    const vec some = load(units + (unit == 16 ? 2 * b : b));
-    __m512i index;
-    if (order == BY_UNITS)
-        index = unit == 16 ? lane : _mm512_srli_epi32(lane, 1);
-    else if (order == BY_BYTES)
-        index = unit == 16 ? _mm512_add_epi32(q, _mm512_set1_epi32(4 * h))
-                           : _mm512_add_epi32(_mm512_srli_epi32(lane, 3), _mm512_set1_epi32(2 * h));
-    else
-        index = unit == 16 ? _mm512_add_epi32(_mm512_slli_epi32(q, 1), _mm512_set1_epi32(h)) : q;
+    const __m512i column = order == BY_UNITS   ? _mm512_slli_epi32(lane, 4)
+                           : order == BY_BYTES ? _mm512_add_epi32(_mm512_slli_epi32(q, 4), _mm512_set1_epi32(64 * h))
+                                               : _mm512_add_epi32(_mm512_slli_epi32(q, 5), _mm512_set1_epi32(16 * h));
+    const __m512i index = _mm512_srl_epi32(column, _mm_cvtsi32_si128(shift));
+    const vec some = load(entries + (BLOCK * b >> shift));
     return is_whole ? _mm512_permutexvar_ps(index, some) : _mm512_maskz_permutexvar_ps(lanes, index, some);
 }
 
@@ -282,8 +279,8 @@ INLINE void add_units(const pieces *p, int64_t b, const int is_whole, int64_t le
     if (bits == 3) ask_for(p, 1, 4 * b, 32);
     for (int r = 0; r < ROWS; r++) {
         codes[r] = unit_codes_of(p, r, b, bits, is_whole, left);
-        scale[r] = lanes_of(p->scale[r], b, BY_UNITS, 0, unit, is_whole, lanes);
-        offset[r] = has_offset ? lanes_of(p->offset[r], b, BY_UNITS, 0, unit, is_whole, lanes) : zero();
+        scale[r] = lanes_of(p->scale[r], p->scale_shift, b, BY_UNITS, 0, is_whole, lanes);
+        offset[r] = has_offset ? lanes_of(p->offset[r], unit == 16 ? 4 : 5, b, BY_UNITS, 0, is_whole, lanes) : zero();
     }
 #pragma GCC unroll 16
     for (int v = 0; v < 16; v++) {
@@ -334,8 +331,8 @@ INLINE void add_halves(const anybit_weight *w, const pieces *p, int64_t b, const
     for (int h = 0; h < 2; h++) {
         const __mmask16 lanes = is_whole ? 0xffff : first_lanes(order == BY_BYTES ? 8 * left - 16 * h : 4 * left);
         for (int r = 0; r < ROWS; r++) {
-            const vec s = lanes_of(p->scale[r], b, order, h, unit, is_whole, lanes);
-            const vec o = has_offset ? lanes_of(p->offset[r], b, order, h, unit, is_whole, lanes) : zero();
+            const vec s = lanes_of(p->scale[r], p->scale_shift, b, order, h, is_whole, lanes);
+            const vec o = has_offset ? lanes_of(p->offset[r], unit == 16 ? 4 : 5, b, order, h, is_whole, lanes) : zero();
             vec weights[4];
             byte_values(w, p, r, b, kind, bits, h, is_whole, left, weights);
 #pragma GCC unroll 4
