@@ -3,20 +3,28 @@
  * order once a call (`arrange`). Included by engine.c for processors with AVX-512.
  *
  * A run is 256 columns of codes of 1 to 3 bits, lane i holding column 16 i + v in vector v; or 128 columns of wider
- * codes, in two halves h of four vectors k, lane 4 q + d. Where no offset is added the scale is applied after the sum of
- * a unit: one rounding for several columns where the weight itself would have one each.
+ * codes, in two halves h of four vectors k, lane 4 q + d. Where no minimum is added the scale is applied after the sum
+ * of a unit: one rounding for several columns where the weight itself would have one each.
  */
 
 /* Orders of x; the column of lane 4 q + d in vector k of half h of a run: */
 enum {
     AS_IT_IS,
     BY_UNITS,   /* 256 columns: 16 (4 q + d) + v */
+    BY_NIBBLES, /* 32 q + 16 h + 4 d + k */
     BY_HALVES,  /* 32 q + 16 h + 8 (k / 2) + 2 d + k % 2 */
     BY_BYTES    /* 64 h + 16 q + 8 (k / 2) + 2 d + k % 2 */
 };
 
-INLINE int order_of(const int kind, const int bits) {
+/* True where a scale can meet a sum instead of each weight. */
+INLINE int is_late(const int offset_kind) {
+    return offset_kind == ANYBIT_NO_OFFSET || offset_kind == ANYBIT_ZERO_POINT;
+}
+
+INLINE int order_of(const int kind, const int bits, const int offset_kind) {
     if (kind == ANYBIT_TABLE && (bits == 1 || bits == 2)) return BY_UNITS;
+    /* with an offset it takes less to make a table of 16 for each unit than to treat each weight */
+    if (kind == ANYBIT_TABLE && bits == 4) return offset_kind == ANYBIT_NO_OFFSET ? BY_NIBBLES : AS_IT_IS;
 #if defined(HAS_BYTE_LOOKUP)
     if (kind == ANYBIT_TABLE && bits == 3) return BY_UNITS;
     if (kind == ANYBIT_INTEGER && bits < 8) return BY_HALVES;
@@ -60,7 +68,9 @@ INLINE void shuffled(const float *x, float *out, const int order) {
     const __m512i second = _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(4)), 2); /* 16 in lanes 4-7, 12-15 */
     for (int h = 0; h < 2; h++)
         for (int k = 0; k < 4; k++) {
-            const __m512i element = _mm512_add_epi32(_mm512_slli_epi32(d, 1), _mm512_set1_epi32(k / 2 * 8 + k % 2));
+            const __m512i element = order == BY_NIBBLES
+                                        ? _mm512_add_epi32(_mm512_slli_epi32(d, 2), _mm512_set1_epi32(k))
+                                        : _mm512_add_epi32(_mm512_slli_epi32(d, 1), _mm512_set1_epi32(k / 2 * 8 + k % 2));
             const __m512i index = _mm512_or_si512(element, second);
             const float *from = x + (order == BY_BYTES ? 64 * h : 16 * h);
             const int apart = order == BY_BYTES ? 16 : 32;
@@ -72,7 +82,7 @@ INLINE void shuffled(const float *x, float *out, const int order) {
 
 /* `columns` numbers, a multiple of 32, in the weight's order, the last run filled with zeros. */
 static void arrange(const anybit_weight *w, const float *x, int64_t columns, float *to) {
-    const int order = order_of(w->kind, w->bits);
+    const int order = order_of(w->kind, w->bits, w->offset_kind);
     const int64_t run = run_of(order);
     for (int64_t from = 0; from < columns; from += run) {
         float last[256];
@@ -83,6 +93,8 @@ static void arrange(const anybit_weight *w, const float *x, int64_t columns, flo
         }
         if (order == BY_UNITS)
             transposed(in, to + from);
+        else if (order == BY_NIBBLES)
+            shuffled(in, to + from, BY_NIBBLES);
         else if (order == BY_HALVES)
             shuffled(in, to + from, BY_HALVES);
         else
@@ -92,7 +104,7 @@ static void arrange(const anybit_weight *w, const float *x, int64_t columns, flo
 
 /* Floats of an arranged row; 0 where x stays as it is. */
 static int64_t arranged_size(const anybit_weight *w) {
-    const int order = order_of(w->kind, w->bits);
+    const int order = order_of(w->kind, w->bits, w->offset_kind);
     return order == AS_IT_IS ? 0 : (w->cols + run_of(order) - 1) & ~(run_of(order) - 1);
 }
 
@@ -135,9 +147,6 @@ INLINE void ask_for(const pieces *p, const int plane, int64_t at, const int byte
 }
 
 /* v - zero point, or the finished weight where the scale cannot wait. */
-INLINE int is_late(const int offset_kind) {
-    return offset_kind == ANYBIT_NO_OFFSET || offset_kind == ANYBIT_ZERO_POINT;
-}
 INLINE vec offset_or_weight(const int offset_kind, vec v, vec s, vec o) {
     if (offset_kind == ANYBIT_NO_OFFSET) return v;
     if (offset_kind == ANYBIT_ZERO_POINT) return sub(v, o);
@@ -215,6 +224,11 @@ INLINE void byte_values(const anybit_weight *w, const pieces *p, int r, int64_t 
     out[1] = _mm512_castsi512_ps(_mm512_and_si512(first, top));
     out[2] = _mm512_castsi512_ps(_mm512_slli_epi32(second, 16));
     out[3] = _mm512_castsi512_ps(_mm512_and_si512(second, top));
+}
+#else
+INLINE void byte_values(const anybit_weight *w, const pieces *p, int r, int64_t b, const int kind, const int bits,
+                        const int h, const int is_whole, int64_t left, vec out[4]) {
+    (void)w, (void)p, (void)r, (void)b, (void)kind, (void)bits, (void)h, (void)is_whole, (void)left, (void)out;
 }
 #endif
 
@@ -314,15 +328,20 @@ INLINE void dot_units(const anybit_weight *w, const pieces *p, int64_t blocks, c
     for (int t = 0; t < tokens; t++) add_totals(sum[0][t], sum[1][t], sum[2][t], sum[3][t], sums[t]);
 }
 
-/* ---- wider codes --------------------------------------------------------------------------------------------------- */
+/* ---- wider codes -------------------------------------------------------------------------------------------------- */
 
-#if defined(HAS_BYTE_LOOKUP)
+INLINE void nibble_values(__m512i codes, const int h, vec values, vec out[4]) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) out[k] = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 8 * k + 4 * h), values);
+}
+
 /* Adds a run of 128 columns, or its first `left` blocks, to sum[row][token]. */
 INLINE void add_halves(const anybit_weight *w, const pieces *p, int64_t b, const int is_whole, int64_t left,
                        const float *const *x, vec (*sum)[MOST_TOKENS], const int tokens, const int kind, const int bits,
                        const int offset_kind, const int unit) {
-    const int order = order_of(kind, bits), has_offset = adds_offset(offset_kind);
-    const int is_shared = order == BY_HALVES && unit == 32; /* both halves have the same units */
+    const int order = order_of(kind, bits, offset_kind), has_offset = adds_offset(offset_kind);
+    const int is_shared = order != BY_BYTES && unit == 32; /* both halves have the same units */
+    const vec values = load(w->table);
     vec acc[ROWS][MOST_TOKENS];
     ask_for(p, 0, b * (bits == 8 ? 32 : 16), bits == 8 ? 128 : 64);
     if (bits & 2) ask_for(p, 1, b * 8, 32);
@@ -334,7 +353,10 @@ INLINE void add_halves(const anybit_weight *w, const pieces *p, int64_t b, const
             const vec s = lanes_of(p->scale[r], p->scale_shift, b, order, h, is_whole, lanes);
             const vec o = has_offset ? lanes_of(p->offset[r], unit == 16 ? 4 : 5, b, order, h, is_whole, lanes) : zero();
             vec weights[4];
-            byte_values(w, p, r, b, kind, bits, h, is_whole, left, weights);
+            if (order == BY_NIBBLES)
+                nibble_values(load_words(p->plane[r][0] + 16 * b, is_whole, 4 * left), h, values, weights);
+            else
+                byte_values(w, p, r, b, kind, bits, h, is_whole, left, weights);
 #pragma GCC unroll 4
             for (int k = 0; k < 4; k++) weights[k] = offset_or_weight(offset_kind, weights[k], s, o);
             for (int t = 0; t < tokens; t++) {
@@ -361,4 +383,3 @@ INLINE void dot_halves(const anybit_weight *w, const pieces *p, int64_t blocks, 
     if (b < blocks) add_halves(w, p, b, 0, blocks - b, x, sum, tokens, kind, bits, offset_kind, unit);
     for (int t = 0; t < tokens; t++) add_totals(sum[0][t], sum[1][t], sum[2][t], sum[3][t], sums[t]);
 }
-#endif
