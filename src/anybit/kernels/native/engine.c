@@ -138,6 +138,7 @@ INLINE void put(void *y, int32_t format, int64_t at, float value) {
 }
 
 static int64_t arranged_size(const anybit_weight *w);
+static int reads_by_units(const anybit_weight *w);
 #include "scale_parts.h"
 
 /* ---- instances ------------------------------------------------------------------------------------------------ */
@@ -216,6 +217,7 @@ INLINE void ask_ahead(const pieces *p, int64_t b, const int plane, const int byt
 #include "wide_parts.h"
 #else
 static int64_t arranged_size(const anybit_weight *w) { return (void)w, 0; }
+static int reads_by_units(const anybit_weight *w) { return (void)w, 0; }
 static void arrange(const anybit_weight *w, const float *x, int64_t columns, float *to) {
     (void)w, (void)x, (void)columns, (void)to;
 }

@@ -22,7 +22,6 @@ _CHUNK: Final = 256 << 20  # bytes of addresses; memory is taken as it is filled
 _PAGE: Final = 2 << 20
 _LINE: Final = 64
 _SMALL: Final = 4096  # bytes; less stays where it is
-_FLAGS: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 _ADVICE: Final = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux only
 
 
@@ -40,6 +39,13 @@ def settled(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor.view(-1).view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
 
 
+def _chunk(size: int) -> mmap.mmap:
+    assert _ADVICE is not None  # so this is Linux, which has the flags too
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+    memory.madvise(_ADVICE)
+    return memory
+
+
 def _place(nbytes: int) -> tuple[mmap.mmap, int]:
     """A chunk and the first of `nbytes` free bytes in it."""
     global _last
@@ -47,8 +53,6 @@ def _place(nbytes: int) -> tuple[mmap.mmap, int]:
         memory, used = (_last[0](), _last[1]) if _last is not None else (None, 0)
         if memory is None or used + nbytes > len(memory):
             size = max(_CHUNK, -(-nbytes // _PAGE) * _PAGE)
-            memory, used = mmap.mmap(-1, size, flags=_FLAGS), 0
-            if _ADVICE is not None:
-                memory.madvise(_ADVICE)
+            memory, used = _chunk(size), 0
         _last = weakref.ref(memory), -(-(used + nbytes) // _LINE) * _LINE
         return memory, used

@@ -1,11 +1,19 @@
 /* Scales and offsets of a piece of some rows as float32, one for each unit of 16 or 32 columns, and where its codes are.
  * Included by engine.c once for each instruction set. */
 
+/* Numbers of 16 columns, a byte times a float of 256 columns, where the product multiplies them itself; fine[0] NULL: not. */
+typedef struct {
+    const uint8_t *fine[ROWS];
+    float coarse[ROWS][PIECE / 256 + 16];
+    int is_signed;
+} two_levels;
+
 /* A piece of some rows: planes at its first block, a scale and an offset for each unit. */
 typedef struct {
     const uint8_t *plane[ROWS][3];
     const lookup *all;
     int scale_shift; /* 1 << scale_shift columns have one scale */
+    two_levels scales, offsets;
     int64_t ahead[3]; /* bytes from the codes of these rows to those that are asked for beforehand */
     float scale[ROWS][UNITS], offset[ROWS][UNITS];
 } pieces;
@@ -99,6 +107,24 @@ static int multiplied_units(const anybit_array *a, const anybit_array *b, int64_
     return 1;
 }
 
+/* The same left to the product of codes in runs of 256 columns; 0 for others. */
+static int fine_and_coarse(const anybit_array *a, const anybit_array *b, int64_t expert, const int64_t *row, int rows,
+                           int64_t from, int64_t columns, two_levels *to) {
+    if ((a->format != ANYBIT_U8 && a->format != ANYBIT_I8) || b->format != ANYBIT_F16 || a->group != 16) return 0;
+    if (b->group != 256 || a->row_block != 1 || b->row_block != 1 || from % 256) return 0;
+    for (int r = 0; r < rows; r++) {
+        const uint8_t *fine = (const uint8_t *)a->data + expert * a->expert_stride + row[r] * a->row_stride + from / 16;
+        const uint8_t *coarse =
+            (const uint8_t *)b->data + expert * b->expert_stride + row[r] * b->row_stride + from / 256 * 2;
+        convert(ANYBIT_F16, coarse, (columns + 255) / 256, to->coarse[r]);
+        for (int64_t i = 0; a->negate && i < (columns + 255) / 256; i++) to->coarse[r][i] = -to->coarse[r][i];
+        __builtin_prefetch(coarse + AHEAD);
+        to->fine[r] = fine;
+    }
+    to->is_signed = a->format == ANYBIT_I8;
+    return 1;
+}
+
 /* Scales as they are stored, an entry a group: 0 where groups do not fit into runs of lanes. */
 static int stored_entries(const anybit_array *a, int64_t expert, const int64_t *row, int rows, int64_t from,
                           int64_t columns, int *shift, float (*out)[UNITS]) {
@@ -118,6 +144,7 @@ static int stored_entries(const anybit_array *a, int64_t expert, const int64_t *
 static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, int rows, int64_t from, int64_t columns,
                   int unit, const int is_dot, pieces *p) {
     p->scale_shift = unit == 16 ? 4 : 5;
+    p->scales.fine[0] = p->offsets.fine[0] = NULL;
     static const int bytes_of_plane[9][3] = {{0}, {4}, {8}, {8, 4}, {16}, {16, 4}, {16, 8}, {16, 8, 4}, {32}};
     const int64_t count = units_in(columns, unit);
     for (int i = 0; i < 3 && w->plane[i]; i++) {
@@ -130,8 +157,10 @@ static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, in
     }
     if (w->kind == ANYBIT_FLOAT) return;
     float second[ROWS][UNITS];
-    const int is_done = w->scale2.data && !w->divide && !w->scale.negate &&
-                        multiplied_units(&w->scale, &w->scale2, expert, row, rows, from, columns, unit, p->scale);
+    const int is_plain = w->scale2.data && !w->divide && !w->scale.negate;
+    const int is_done = (is_plain && is_dot && reads_by_units(w) &&
+                         fine_and_coarse(&w->scale, &w->scale2, expert, row, rows, from, columns, &p->scales)) ||
+                        (is_plain && multiplied_units(&w->scale, &w->scale2, expert, row, rows, from, columns, unit, p->scale));
     const int is_stored = is_dot && w->scale.data && !w->scale2.data && arranged_size(w) &&
                           stored_entries(&w->scale, expert, row, rows, from, columns, &p->scale_shift, p->scale);
     if (is_done || is_stored)
@@ -150,6 +179,9 @@ static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, in
             }
     }
     if (!w->offset.data) return;
+    if (w->offset2.data && is_dot && reads_by_units(w) &&
+        fine_and_coarse(&w->offset, &w->offset2, expert, row, rows, from, columns, &p->offsets))
+        return;
     if (w->offset2.data &&
         multiplied_units(&w->offset, &w->offset2, expert, row, rows, from, columns, unit, p->offset))
         return;

@@ -108,6 +108,8 @@ static int64_t arranged_size(const anybit_weight *w) {
     return order == AS_IT_IS ? 0 : (w->cols + run_of(order) - 1) & ~(run_of(order) - 1);
 }
 
+static int reads_by_units(const anybit_weight *w) { return order_of(w->kind, w->bits, w->offset_kind) == BY_UNITS; }
+
 /* Scales or offsets of a run that begins with block b, 1 << shift columns each, a lane each; lanes without columns are
  * zero. Groups of more columns than a run are multiples of it. */
 INLINE vec lanes_of(const float *entries, const int shift, int64_t b, const int order, const int h, const int is_whole,
@@ -281,6 +283,14 @@ INLINE void unit_tables(const float *values, const int bits, vec tables[4]) {
     }
 }
 
+INLINE vec fine_lanes(const two_levels *p, int r, int64_t b, const int is_whole, __mmask16 lanes) {
+    const uint8_t *from = p->fine[r] + 2 * b;
+    const __m128i bytes = is_whole ? _mm_loadu_si128((const __m128i *)from) : _mm_maskz_loadu_epi8(lanes, from);
+    const __m512i words = p->is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
+    if (b % 32 == 0) __builtin_prefetch(from + AHEAD);
+    return mul(_mm512_cvtepi32_ps(words), splat(p->coarse[r][b / 8]));
+}
+
 /* Adds a run of 256 columns, or its first `left` blocks, to sum[row][token]. */
 INLINE void add_units(const pieces *p, int64_t b, const int is_whole, int64_t left, const float *const *x,
                       const vec tables[4], vec (*sum)[MOST_TOKENS], const int tokens, const int bits,
@@ -293,8 +303,11 @@ INLINE void add_units(const pieces *p, int64_t b, const int is_whole, int64_t le
     if (bits == 3) ask_for(p, 1, 4 * b, 32);
     for (int r = 0; r < ROWS; r++) {
         codes[r] = unit_codes_of(p, r, b, bits, is_whole, left);
-        scale[r] = lanes_of(p->scale[r], p->scale_shift, b, BY_UNITS, 0, is_whole, lanes);
-        offset[r] = has_offset ? lanes_of(p->offset[r], unit == 16 ? 4 : 5, b, BY_UNITS, 0, is_whole, lanes) : zero();
+        scale[r] = p->scales.fine[0] ? fine_lanes(&p->scales, r, b, is_whole, lanes)
+                                     : lanes_of(p->scale[r], p->scale_shift, b, BY_UNITS, 0, is_whole, lanes);
+        offset[r] = !has_offset            ? zero()
+                    : p->offsets.fine[0] ? fine_lanes(&p->offsets, r, b, is_whole, lanes)
+                                         : lanes_of(p->offset[r], unit == 16 ? 4 : 5, b, BY_UNITS, 0, is_whole, lanes);
     }
 #pragma GCC unroll 16
     for (int v = 0; v < 16; v++) {
