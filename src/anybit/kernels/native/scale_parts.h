@@ -1,7 +1,8 @@
-/* Scales and offsets of a piece of some rows as float32, one for each unit of 16 or 32 columns, and where its codes are.
- * Included by engine.c once for each instruction set. */
+/* Scales and offsets of a piece of some rows as float32, one for each unit of 16 or 32 columns, and where its codes
+ * are. Included by engine.c once for each instruction set. */
 
-/* Numbers of 16 columns, a byte times a float of 256 columns, where the product multiplies them itself; fine[0] NULL: not. */
+/* Numbers of 16 columns, a byte times a float of 256 columns, where the product multiplies them itself; fine[0] NULL:
+ * it does not. */
 typedef struct {
     const uint8_t *fine[ROWS];
     float coarse[ROWS][PIECE / 256 + 16];
@@ -158,16 +159,15 @@ static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, in
     if (w->kind == ANYBIT_FLOAT) return;
     float second[ROWS][UNITS];
     const int is_plain = w->scale2.data && !w->divide && !w->scale.negate;
-    const int is_done = (is_plain && is_dot && reads_by_units(w) &&
-                         fine_and_coarse(&w->scale, &w->scale2, expert, row, rows, from, columns, &p->scales)) ||
-                        (is_plain && multiplied_units(&w->scale, &w->scale2, expert, row, rows, from, columns, unit, p->scale));
-    const int is_stored = is_dot && w->scale.data && !w->scale2.data && arranged_size(w) &&
-                          stored_entries(&w->scale, expert, row, rows, from, columns, &p->scale_shift, p->scale);
-    if (is_done || is_stored)
-        ;
-    else if (w->scale.data)
+    int is_done = is_plain && is_dot && reads_by_units(w) &&
+                  fine_and_coarse(&w->scale, &w->scale2, expert, row, rows, from, columns, &p->scales);
+    if (is_plain && !is_done)
+        is_done = multiplied_units(&w->scale, &w->scale2, expert, row, rows, from, columns, unit, p->scale);
+    if (is_dot && w->scale.data && !w->scale2.data && arranged_size(w))
+        is_done = stored_entries(&w->scale, expert, row, rows, from, columns, &p->scale_shift, p->scale);
+    if (!is_done && w->scale.data)
         units_of(&w->scale, expert, row, rows, from, columns, unit, p->scale);
-    else
+    else if (!is_done)
         for (int r = 0; r < rows; r++)
             for (int64_t i = 0; i < count; i += WIDTH) store(p->scale[r] + i, splat(1.0f));
     if (w->scale2.data && !is_done) {
