@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 
 PREFILL, PROMPT, DECODE = 512, 16, 64
+GIVEN = dict(os.environ)  # llama.cpp's own threads are OpenMP's and want to spin
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does: docs/performance.md, "One thread pool"
 
 LLAMA = r"""
 import sys, time
@@ -41,7 +43,7 @@ class Llama:
 
     def __init__(self, python: str, file: Path, threads: int) -> None:
         command = [python, "-c", LLAMA, str(file), str(threads)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=GIVEN)
 
     def round(self) -> tuple[float, float]:
         """(prefill, decode) in tokens a second."""

@@ -60,6 +60,19 @@ def test_steps_equal_the_hosts_own(name: str) -> None:
     assert (short - own).abs().max() <= 2e-5 * own.abs().max()
 
 
+def chained(model: Any) -> bool:
+    return "forward" in model.model.__dict__
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_step_through_all_blocks_equals_block_by_block(name: str) -> None:
+    model = loaded(name)
+    assert chained(model)
+    together = step_logits(model, blocks._ROOM + 20)
+    del model.model.__dict__["forward"]
+    assert torch.equal(together, step_logits(model, blocks._ROOM + 20))
+
+
 def prompt_logits(model: Any, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of every token of a prompt, then of a token after it."""
     with torch.inference_mode():
@@ -213,3 +226,53 @@ def test_other_dtypes_and_batch_invariance_keep_the_hosts_blocks() -> None:
         pytest.skip("needs the genuine checkpoints")
     assert shortened(anybit.load(CHECKPOINTS / FOLDERS[0], dtype="bfloat16", device="cpu")) == []
     assert shortened(anybit.load(CHECKPOINTS / FOLDERS[0], dtype="float32", device="cpu", batch_invariant=True)) == []
+
+
+def calls_of_the_chain(model: Any) -> list[Any]:
+    """What the chain answers from now on: None where the host had to."""
+    from anybit.hosts.chain import _Steps
+
+    seen: list[Any] = []
+    steps = next(c.cell_contents for c in model.model.forward.__closure__ if isinstance(c.cell_contents, _Steps))
+    answer = type(steps).__call__
+
+    class Watched(_Steps):
+        def __call__(self, given: dict[str, Any]) -> Any:
+            seen.append(answer(self, given))
+            return seen[-1]
+
+    steps.__class__ = Watched
+    return seen
+
+
+@pytest.mark.parametrize("what", ["plain", "mask", "hidden states", "hook", "position", "grown mask", "config"])
+def test_the_chain_steps_aside_where_a_step_is_not_plain(what: str) -> None:
+    model = first()
+    seen = calls_of_the_chain(model)
+    ids, token = torch.arange(3, 10)[None], torch.tensor([[11]])
+    given: dict[str, Any] = {}
+    if what == "mask":
+        given["attention_mask"] = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]])
+    if what == "grown mask":
+        given["attention_mask"] = torch.ones(1, 8, dtype=torch.int64)
+    if what == "position":
+        given["position_ids"] = torch.tensor([[40]])
+    if what == "hidden states":
+        given["output_hidden_states"] = True
+    if what == "config":
+        model.config.output_hidden_states = True
+    heard: list[int] = []
+    if what == "hook":
+        model.model.layers[0].register_forward_hook(lambda *_: heard.append(1))
+    with torch.inference_mode():
+        cache = model(ids, use_cache=True).past_key_values
+        out = model(token, past_key_values=cache, use_cache=True, **given)
+        taken = seen[-1] is not None
+        assert taken == (what in ("plain", "grown mask"))
+        host_only(model)
+        cache = model(ids, use_cache=True).past_key_values
+        wanted = model(token, past_key_values=cache, use_cache=True, **given)
+    assert (out.logits - wanted.logits).abs().max() <= 2e-5 * wanted.logits.abs().max()
+    if what in ("hidden states", "config"):
+        assert len(out.hidden_states) == model.config.num_hidden_layers + 1
+    assert what != "hook" or heard

@@ -31,7 +31,7 @@ if LIBRARY is None:
 from anybit.kernels.native.planes import Planes, from_weight, pack_planes  # noqa: E402
 from anybit.kernels.native.support import code, reasons_against  # noqa: E402
 
-ISAS = [isa for isa in ("generic", "avx2", "avx512") if LIBRARY.set_isa(isa)]
+ISAS = [isa for isa in ("generic", "avx2", "avx512", "avx512_vbmi") if LIBRARY.set_isa(isa)]
 LIBRARY.set_isa("")
 
 INTEGERS = [f"{kind}{bits}" for kind in ("uint", "int") for bits in range(1, 9)]
@@ -261,6 +261,44 @@ def test_a_nan_row_of_x_stays_in_its_row(isa: str) -> None:
     assert torch.isnan(y[2]).all() and not torch.isnan(y[[0, 1, 3, 4]]).any()
 
 
+@pytest.mark.parametrize("element", ["uint1", "int2", "int3", "uint4", "int5", "int6", "int7", "int8", "fp6_e3m2", "fp8_e4m3fn"])
+@pytest.mark.parametrize("cols", [32, 160, 256, 416, 2080, 4384])  # less and more than a run, of 128 or 256, than a piece
+def test_codes_in_lanes_at_the_ends_of_runs(isa: str, element: str, cols: int) -> None:
+    torch.manual_seed(cols)
+    weight = build(element, (7, cols), (ScaleLevel("float16", group(32)),))
+    planes, w = from_weight(weight), weight.dequantize()
+    for tokens in (1, 2, 4, 7):
+        x = torch.randn(tokens, cols)
+        assert_product(planes.linear(x), x, w)
+        x[tokens - 1, cols - 1] = float("nan")
+        y = planes.linear(x)
+        assert torch.isnan(y[tokens - 1]).all() and not torch.isnan(y[: tokens - 1]).any()
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("element", ["int2", "int3", "int5", "int7", "fp8_e5m2"])
+def test_what_lies_around_an_x_reaches_no_result(isa: str, element: str, tokens: int) -> None:
+    weight = build(element, (5, 96), (ScaleLevel("float16", group(16)),))
+    around = torch.full((tokens, 96 + 512), float("nan"))
+    around[:, 256:352] = torch.randn(tokens, 96)
+    x = around[:, 256:352]
+    assert_product(from_weight(weight).linear(x), x, weight.dequantize())
+
+
+@pytest.mark.parametrize(("element", "zero"), [("uint2", 1), ("uint4", 8), ("uint5", 16), ("uint7", 3), ("uint8", 128)])
+def test_a_zero_point_of_all_groups_equals_one_for_each(isa: str, element: str, zero: int) -> None:
+    """Symmetric files with an explicit zero point: the values of the codes hold it, and no bit changes."""
+    torch.manual_seed(zero)
+    offset = Offset("zero_point", "uint8", group(32))
+    weight = build(element, (6, 352), (ScaleLevel("float16", group(32)),), offset)
+    same = QuantizedWeight(weight.scheme, weight.shape, weight.codes, weight.scales, torch.full((6, 11), zero, dtype=torch.uint8))
+    planes = from_weight(same)
+    assert equal(decoded(planes, 6), same.dequantize())
+    assert (planes._struct.offset_kind == 0) == (element != "uint8")
+    x = torch.randn(2, 352)
+    assert_product(planes.linear(x), x, same.dequantize())
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_what_lies_beyond_a_row_reaches_no_result(isa: str, tokens: int) -> None:
     scheme = Scheme("fp8_e4m3fn", (ScaleLevel("float32", CHANNEL),))
@@ -387,6 +425,23 @@ def test_ggufs_nibbles_are_taken_as_they_are(isa: str) -> None:
     assert equal(decoded(planes, 6), weight.dequantize())
 
 
+def test_large_weights_lie_in_memory_that_goes_with_them() -> None:
+    """A chunk is given back with the last weight in it; what a file held is copied bit for bit."""
+    from anybit.kernels.native import memory
+
+    tensors = [torch.randn(300, 500), torch.randint(0, 255, (5, 4097), dtype=torch.uint8), torch.randn(3)]
+    settled = [memory.settled(t) for t in tensors]
+    assert all(torch.equal(a, b) and a.data_ptr() % 64 == 0 for a, b in zip(tensors, settled, strict=True))
+    assert settled[2] is tensors[2]
+    if settled[0] is not tensors[0]:
+        assert memory._last is not None and memory._last[0]() is not None
+        held = memory._last[0]
+        alone = memory.settled(torch.ones(memory._CHUNK // 4 + 1))  # more than a chunk: one of its own
+        assert bool((alone == 1).all()) and memory._last[0]() is not held()
+        del alone
+        assert memory._last[0]() is None
+
+
 def test_packed_codes_of_other_orders() -> None:
     from anybit.numerics.packing import pack_stream
 
@@ -419,7 +474,7 @@ def test_the_loader_needs_no_torch_and_can_be_switched_off(variable: str, word: 
     assert word in out.stdout
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize("isa", ["avx512_vbmi", "avx512", "avx2", "generic"])
 @pytest.mark.parametrize(("rows", "cols"), [(1, 32), (13, 48), (29, 2080), (64, 4100), (100, 96)])
 def test_a_product_of_many_tokens_equals_the_float64_product(isa: str, rows: int, cols: int) -> None:
     from anybit.kernels.native import library

@@ -29,18 +29,18 @@ _PROBE_TOKENS: Final = 5
 RECORDED: Final = ("output_attentions", "output_hidden_states")
 
 
-def shorten_steps(model: nn.Module) -> int:
-    """Give every qualifying decoder block of a model on the CPU its short way; how many there are."""
+def shorten_steps(model: nn.Module) -> dict[nn.Module, ShortWay]:
+    """Give every qualifying decoder block of a model on the CPU its short way; the blocks that have one."""
     config = cast("Any", model).config.get_text_config()
     rotary = next((m for name, m in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"), None)
     if rotary is None or getattr(config, "num_attention_heads", None) is None:
-        return 0
-    found = 0
+        return {}
+    found = {}
     for layer in decoder_layers(model):
         short = _short_way(layer, config)
         if short is not None and _is_proven(layer, short, config, rotary):
             _install(layer, short)
-            found += 1
+            found[layer] = short
     return found
 
 
@@ -82,11 +82,12 @@ class ShortWay:
         self.block = block
         self.index = index
         self.takes_prompts = False  # until proven
+        self.forward: Callable[..., Any] | None = None  # what the layer got
 
     def __call__(self, x: Tensor, cosine: Tensor, sine: Tensor, layer: Any) -> Tensor:
         """The block's y; the token's keys and values are appended to the cache's layer."""
         tokens = int(layer.keys.shape[2])
-        keys, values = _room(layer, tokens)
+        keys, values = room_of(layer, tokens)
         y = self.block.step(x, cosine, sine, keys, values, tokens)
         layer.keys, layer.values = keys[:, :, : tokens + 1], values[:, :, : tokens + 1]
         return y
@@ -104,7 +105,7 @@ class ShortWay:
         return y
 
 
-def _room(layer: Any, tokens: int) -> tuple[Tensor, Tensor]:
+def room_of(layer: Any, tokens: int) -> tuple[Tensor, Tensor]:
     """Buffers that the layer's keys and values are the beginning of, with room for one token more."""
     held = getattr(layer, "_anybit_room", None)
     if held is not None:
@@ -190,14 +191,14 @@ def _steps_agree(host: _Host, short: ShortWay, config: Any, x: Tensor, cosine: T
     for cache in caches:
         for i in range(_PROBE_TOKENS):
             host(cache, slice(i, i + 1))
-    if not _is_plain_layer(caches[1], short.index):
+    if not is_plain_layer(caches[1], short.index):
         return False
     last = slice(_PROBE_TOKENS, _PROBE_TOKENS + 1)
     wanted = host(caches[0], last)
     own, kept = (cast("Any", cache.layers[short.index]) for cache in caches)
     turn = [t[:, last].contiguous() for t in (cosine, sine)]
     found = short(x[:, last].contiguous(), turn[0], turn[1], kept)
-    return all(_close(a, b) for a, b in ((found, wanted), (kept.keys, own.keys), (kept.values, own.values)))
+    return all(close(a, b) for a, b in ((found, wanted), (kept.keys, own.keys), (kept.values, own.values)))
 
 
 def _prompts_agree(host: _Host, short: ShortWay, config: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> bool:
@@ -210,7 +211,7 @@ def _prompts_agree(host: _Host, short: ShortWay, config: Any, x: Tensor, cosine:
     if kept is None:
         return False
     found = short.prompt(x, cosine.contiguous(), sine.contiguous(), kept)
-    return all(_close(a, b) for a, b in ((found, wanted), (kept.keys, own.keys), (kept.values, own.values)))
+    return all(close(a, b) for a, b in ((found, wanted), (kept.keys, own.keys), (kept.values, own.values)))
 
 
 def run_host(
@@ -222,13 +223,14 @@ def run_host(
     return cast("Tensor", found[0] if isinstance(found, tuple) else found)
 
 
-def _close(found: Tensor, wanted: Tensor) -> bool:
+def close(found: Tensor, wanted: Tensor) -> bool:
+    """Equal but for the order of sums."""
     return found.shape == wanted.shape and bool(
         ((found - wanted).abs() <= _TOLERANCE * wanted.abs().amax().clamp(min=1e-6)).all()
     )
 
 
-def _is_plain_layer(cache: Any, index: int) -> bool:
+def is_plain_layer(cache: Any, index: int) -> bool:
     """True for a layer of an ordinary growing cache that holds tokens of one sequence in float32."""
     from transformers.cache_utils import DynamicLayer
 
@@ -271,7 +273,7 @@ def _install(layer: nn.Module, short: ShortWay) -> None:
         ):
             cosine, sine = rotation
             fits = cosine.dtype == torch.float32 and cosine.numel() == tokens * dim
-            if fits and tokens == 1 and _is_plain_layer(cache, short.index):
+            if fits and tokens == 1 and is_plain_layer(cache, short.index):
                 return short(hidden_states, cosine.contiguous(), sine.contiguous(), cache.layers[short.index])
             if fits and tokens > 1 and hidden_states.shape[0] == 1:
                 empty = _empty_layer(cache, short.index)
@@ -279,4 +281,4 @@ def _install(layer: nn.Module, short: ShortWay) -> None:
                     return short.prompt(hidden_states, cosine.contiguous(), sine.contiguous(), empty)
         return own(hidden_states, *args, **kwargs)
 
-    layer.forward = forward
+    layer.forward = short.forward = forward

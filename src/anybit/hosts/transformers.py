@@ -24,6 +24,7 @@ from anybit.errors import DeviceProblem, Unsupported
 from anybit.hosts import blocks
 from anybit.hosts import kv_cache as cache_quantization
 from anybit.hosts.building import build
+from anybit.hosts.chain import chain_steps
 from anybit.hosts.filling import Filler, Progress, assign, demand_filled
 from anybit.hosts.meter import Meter
 from anybit.hosts.plans import Written, make_plan
@@ -144,7 +145,7 @@ def _build_and_fill(
     if target.type == "cpu" and any(unit.choice.layout == "planes" for unit in chosen.units):
         run_small_steps_alone(model)
         if chosen.dtype == "float32" and not chosen.policy.batch_invariant:
-            blocks.shorten_steps(model)
+            chain_steps(model, blocks.shorten_steps(model))
     if target.type != "cpu":
         model.to(target)  # rotary tables and other buffers; the weights are there already
         if not chosen.policy.batch_invariant:

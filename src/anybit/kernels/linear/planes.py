@@ -16,11 +16,13 @@ from anybit.platforms import Platform
 from anybit.schemes import Scheme
 
 _CALL_SECONDS = 6e-6
-# of the float32 rate: measured on Zen 5 against torch's product (1.5 to 2.1 times); without wide vectors it is slower
+# of the platform's float32 rate: 345 to 390 GFLOP/s on two cores of Zen 5 (rate 250) at M >= 64, where torch's product
+# makes 105 to 170; without wide vectors it is slower
 _GEMM_SHARE_WIDE, _GEMM_SHARE = 1.5, 0.7
 _GEMM_TOKENS = 32  # a panel: fewer tokens cost as much
-# weights decoded per second and core (AVX-512), tests/kernels and benchmarks measure it
-_DECODE_RATE = 8e9
+_DECODE_RATE = 8e9  # weights decoded to a tile per second and core
+# weights multiplied per second and core, one token: 20 to 60e9 on Zen 5 by format (benchmarks/cpu_matvec.py)
+_MATVEC_RATE_WIDE, _MATVEC_RATE = 25e9, 8e9
 
 
 def _cannot(request: Request, platform: Platform) -> list[Reason]:
@@ -79,7 +81,8 @@ def matvec_seconds(request: Request, platform: Platform) -> float:
     blocks = -(-request.tokens // 8)
     n, k = request.shape[-2:]
     read = n * k * request.scheme.weight_bits / 8 / max(platform.bandwidth, 1e9)
-    decode = n * k * (1 + 0.4 * (min(request.tokens, 8) - 1)) / (_DECODE_RATE * max(platform.cores, 1))
+    rate = _MATVEC_RATE_WIDE if "avx512f" in platform.features else _MATVEC_RATE
+    decode = n * k * (1 + 0.45 * (min(request.tokens, 8) - 1)) / (rate * max(platform.cores, 1))
     return _CALL_SECONDS + blocks * max(read, decode)
 
 

@@ -18,7 +18,7 @@ __all__ = [
     "library", "why_missing",
 ]
 
-ABI: Final = 3  # ANYBIT_ABI of anybit_native.h
+ABI: Final = 4  # ANYBIT_ABI of anybit_native.h
 _FILES: Final = ("libanybit_native.so", "libanybit_native.dylib")
 
 
@@ -116,6 +116,10 @@ class Library:
             "anybit_block_step", c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64,
             c_void_p, c_int32,
         )
+        self.blocks_step = declare(
+            "anybit_blocks_step", c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p,
+            c_void_p, c_int64, c_void_p, c_int32,
+        )  # fmt: skip
         self.block_many_scratch = declare(
             "anybit_block_many_scratch", c_void_p, c_int64, c_int64, c_int32, result=c_int64
         )

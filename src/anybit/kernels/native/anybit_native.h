@@ -26,7 +26,7 @@
 
 #include <stdint.h>
 
-#define ANYBIT_ABI 3
+#define ANYBIT_ABI 4
 
 /* Stored number formats: of scales and offsets, and (the first three) of x, y, bias and unquantized weights. */
 enum anybit_format {
@@ -155,7 +155,13 @@ ANYBIT_API int32_t anybit_block_step(const anybit_block *b, const float *x, floa
                                      const float *sine, float *keys, float *values, int64_t stride, int64_t position,
                                      float *scratch, int32_t threads);
 
-/* The same for many tokens, x and y [tokens, hidden], each attending to the cache and the tokens up to itself; cosine and
+/* One step through `count` blocks of one hidden size, each feeding the next: y = block[count - 1](... block[0](x)), with
+ * a cache and a stride each. scratch: the most that any block wants. */
+ANYBIT_API int32_t anybit_blocks_step(const anybit_block *const *blocks, int64_t count, const float *x, float *y,
+                                      const float *cosine, const float *sine, float *const *keys, float *const *values,
+                                      const int64_t *strides, int64_t position, float *scratch, int32_t threads);
+
+/* As anybit_block_step for many tokens, x and y [tokens, hidden], each attending to the cache and the tokens up to itself; cosine and
  * sine [tokens, rotated]. dim must be a multiple of 32, at most 256, and rotated must be dim. */
 ANYBIT_API int64_t anybit_block_many_scratch(const anybit_block *b, int64_t position, int64_t tokens, int32_t threads);
 ANYBIT_API int32_t anybit_block_many(const anybit_block *b, const float *x, float *y, const float *cosine,

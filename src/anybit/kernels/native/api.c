@@ -13,9 +13,13 @@ static const anybit_engine *best(const char *name) {
     const int any = !name || !*name;
 #if defined(ANYBIT_X86)
     __builtin_cpu_init();
-    if ((any || !strcmp(name, "avx512")) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
-        return &anybit_engine_avx512;
+    const int wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                     __builtin_cpu_supports("fma");
+    if ((any || !strcmp(name, "avx512_vbmi")) && wide && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("gfni"))
+        return &anybit_engine_avx512_vbmi;
+    if ((any || !strcmp(name, "avx512")) && wide) return &anybit_engine_avx512;
     if ((any || !strcmp(name, "avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return &anybit_engine_avx2; /* every processor with AVX2 has F16C */
 #endif
@@ -44,7 +48,7 @@ int32_t anybit_set_isa(const char *name) {
 /* Cuts the rows of each run into items and runs them. Small work stays on the calling thread: waking another one costs
  * microseconds. */
 static void run(anybit_job *job, void (*work)(void *), int64_t runs, int64_t bytes, int32_t threads) {
-    const int64_t small = 96 << 10, per_thread = 4;
+    const int64_t small = 96 << 10, per_thread = 4; /* more of them start cold more often */
     if (threads < 1 || bytes < small) threads = 1;
     int64_t pieces = threads == 1 ? 1 : (threads * per_thread + runs - 1) / runs;
     int64_t rows = (job->rows + pieces - 1) / pieces;
@@ -79,26 +83,35 @@ static int64_t row_bytes(const anybit_weight *w) {
     return w->plane_row_stride[0] + w->plane_row_stride[1] + w->plane_row_stride[2];
 }
 
-/* x in float32; `rows` rows of `cols`, the copy (if there is one) in *owned. */
-static int32_t float_rows(anybit_job *job, const void *x, int32_t format, int64_t ldx, int64_t rows, int64_t cols,
-                          float *small, int64_t small_size, float **owned) {
+/* x in float32 and in the weight's order; copies (if there are any) in *owned, or in `small` of `small_size` floats. */
+static int32_t float_rows(anybit_job *job, const void *x, int32_t format, int64_t ldx, int64_t rows, float *small,
+                          int64_t small_size, float **owned) {
+    const anybit_engine *e = engine();
+    const int64_t cols = job->w->cols, arranged = e->arranged_size(job->w);
+    const int64_t stride = format == ANYBIT_F32 ? 0 : (cols + 31) & ~(int64_t)15; /* a conversion may write 15 more */
+    float *to = small;
     job->x = x;
     job->ldx = ldx;
     *owned = NULL;
-    if (format == ANYBIT_F32) return ANYBIT_OK;
-    const int64_t stride = (cols + 31) & ~(int64_t)15; /* a conversion may write 15 more */
-    float *to = small;
-    if (rows * stride > small_size) {
-        to = *owned = malloc((size_t)(rows * stride) * sizeof(float));
+    if (rows * (stride + arranged) > small_size) {
+        to = *owned = malloc((size_t)(rows * (stride + arranged)) * sizeof(float));
         if (!to) return ANYBIT_NO_MEMORY;
     }
-    for (int64_t r = 0; r < rows; r++) engine()->to_float(format, (const uint16_t *)x + r * ldx, cols, to + r * stride);
-    job->x = to;
-    job->ldx = stride;
+    if (stride) {
+        for (int64_t r = 0; r < rows; r++) e->to_float(format, (const uint16_t *)x + r * ldx, cols, to + r * stride);
+        job->x = to;
+        job->ldx = stride;
+        to += rows * stride;
+    }
+    if (arranged) {
+        job->arranged = to;
+        job->ldarranged = arranged;
+        e->arrange(job, rows, to);
+    }
     return ANYBIT_OK;
 }
 
-#define SMALL 8192 /* floats on the stack for a converted x */
+#define SMALL 16384 /* floats on the stack for copies of x */
 
 int32_t anybit_linear(const anybit_weight *w, const void *x, int64_t ldx, void *y, int64_t ldy, const void *bias,
                       int64_t m, int32_t types, int32_t threads) {
@@ -108,7 +121,7 @@ int32_t anybit_linear(const anybit_weight *w, const void *x, int64_t ldx, void *
     job.y_format = types >> 4 & 15;
     job.bias_format = types >> 8 & 15;
     float small[SMALL], *owned;
-    const int32_t wrong = float_rows(&job, x, types & 15, ldx, m, w->cols, small, SMALL, &owned);
+    const int32_t wrong = float_rows(&job, x, types & 15, ldx, m, small, SMALL, &owned);
     if (wrong) return wrong;
     run(&job, engine()->linear, 1, w->rows * row_bytes(w), threads);
     free(owned);
@@ -174,7 +187,7 @@ int32_t anybit_linear_experts(const anybit_weight *w, const void *x, int64_t tok
     job.y_format = types >> 4 & 15;
     job.bias_format = types >> 8 & 15;
     float small[SMALL], *owned;
-    const int32_t wrong = float_rows(&job, x, types & 15, ldx, tokens, w->cols, small, SMALL, &owned);
+    const int32_t wrong = float_rows(&job, x, types & 15, ldx, tokens, small, SMALL, &owned);
     if (!wrong) run(&job, engine()->linear, count, count * w->rows * row_bytes(w), threads);
     if (!wrong) free(owned);
     if (runs != some) free(runs);
@@ -268,6 +281,18 @@ int32_t anybit_block_step(const anybit_block *b, const float *x, float *y, const
     e->silu_gate(wide, wide + b->inner, b->inner, narrow);
     multiply(&b->down, narrow, normed, threads);
     for (int64_t i = 0; i < b->hidden; i++) y[i] += normed[i];
+    return ANYBIT_OK;
+}
+
+int32_t anybit_blocks_step(const anybit_block *const *blocks, int64_t count, const float *x, float *y,
+                           const float *cosine, const float *sine, float *const *keys, float *const *values,
+                           const int64_t *strides, int64_t position, float *scratch, int32_t threads) {
+    for (int64_t i = 0; i < count; i++) {
+        if (blocks[i]->hidden != blocks[0]->hidden) return ANYBIT_BAD_WEIGHT;
+        const int32_t wrong = anybit_block_step(blocks[i], i ? y : x, y, cosine, sine, keys[i], values[i], strides[i],
+                                                position, scratch, threads);
+        if (wrong) return wrong;
+    }
     return ANYBIT_OK;
 }
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from anybit.kernels.native import ABI, BlockStruct, ProductStruct, library
 from anybit.kernels.native.planes import Planes, threads
 
-__all__ = ["Block", "BlockParts", "release_scratch"]
+__all__ = ["Block", "BlockParts", "Caches", "Chain", "release_scratch"]
 
 _LANES = 32  # a head's dimension must be a multiple, for many tokens
 _MOST_DIM = 256
-_shared = threading.local()  # the scratch of many tokens: one for all blocks that a thread runs
+_shared = threading.local()  # the scratch of many tokens, and of a chain's step: one for all that a thread runs
 _FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum anybit_format
 
 
@@ -116,6 +116,48 @@ class Block:
         )
         if wrong:
             raise ValueError(f"a block of {self.hidden} does not fit its parts")
+        return y
+
+
+class Caches:
+    """Where the blocks of a chain keep keys and values: buffers [1, kv_heads, room, dim] float32, one pair a block."""
+
+    def __init__(self, rooms: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.rooms = list(rooms)
+        self.room = min(keys.shape[2] for keys, _ in self.rooms)
+        self.scratch = 0  # numbers that a step works in: set by the chain
+        count = len(self.rooms)
+        self.keys = (ctypes.c_void_p * count)(*(keys.data_ptr() for keys, _ in self.rooms))
+        self.values = (ctypes.c_void_p * count)(*(values.data_ptr() for _, values in self.rooms))
+        self.strides = (ctypes.c_int64 * count)(*(keys.shape[2] * keys.shape[3] for keys, _ in self.rooms))
+
+
+class Chain:
+    """Blocks of one hidden size that feed each other: a step through all is one call."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        """Raises ValueError for blocks of different sizes, or without the library."""
+        native = library()
+        if native is None or len({block.hidden for block in blocks}) != 1:
+            raise ValueError("no library, or blocks of several hidden sizes")
+        self.blocks = list(blocks)
+        self._pointers = (ctypes.c_void_p * len(blocks))(*(block._address for block in blocks))
+        self._step = native.blocks_step
+
+    def step(self, x: Tensor, cosine: Tensor, sine: Tensor, caches: Caches, position: int) -> Tensor:
+        """As `Block.step` through all blocks; the token's keys and values go to `position` of every cache."""
+        scratch: Tensor | None = getattr(_shared, "step", None)
+        if caches.scratch == 0:
+            caches.scratch = max(block._scratch_size(block._address, caches.room) for block in self.blocks)
+        if scratch is None or scratch.numel() < caches.scratch:
+            scratch = _shared.step = torch.empty(caches.scratch, dtype=torch.float32)
+        y = torch.empty_like(x)
+        wrong = self._step(
+            self._pointers, len(self.blocks), x.data_ptr(), y.data_ptr(), cosine.data_ptr(), sine.data_ptr(),
+            caches.keys, caches.values, caches.strides, position, scratch.data_ptr(), threads(),
+        )
+        if wrong:
+            raise ValueError(f"a chain of blocks of {self.blocks[0].hidden} does not fit its parts")
         return y
 
 

@@ -47,6 +47,35 @@ static float product_of(const float *a, const float *b, int64_t n) {
     return rest;
 }
 
+/* e^x to about one unit in the last place: 2^k times a polynomial of the rest; NaN stays. */
+INLINE vec exponential(vec x) {
+    const vec round = splat(12582912.0f), v = maximum(splat(-87.0f), minimum(splat(88.0f), x));
+    const vec k = sub(fused(v, splat(1.44269504f), round), round);
+    const vec r = fused(k, splat(-1.42860677e-6f), fused(k, splat(-0.693145752f), v));
+    vec p = fused(splat(1.98756915e-4f), r, splat(1.39819994e-3f));
+    p = fused(p, r, splat(8.33345205e-3f));
+    p = fused(p, r, splat(4.16657962e-2f));
+    p = fused(p, r, splat(1.66666654e-1f));
+    p = fused(p, r, splat(5.00000012e-1f));
+    p = add(fused(mul(p, r), r, r), splat(1.0f));
+    return times_power_of_two(p, k);
+}
+
+#define LANES 16
+static void exponentials(const float *x, float *y) {
+    for (int i = 0; i < LANES; i += WIDTH) store(y + i, exponential(load(x + i)));
+}
+
+/* out = g / (1 + e^-g) * u */
+static void silu_gate(const float *g, const float *u, int64_t n, float *out) {
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) {
+        const vec v = load(g + i), bottom = add(splat(1.0f), exponential(sub(zero(), v)));
+        store(out + i, mul(divide(v, bottom), load(u + i)));
+    }
+    for (; i < n; i++) out[i] = g[i] / (1.0f + expf(-g[i])) * u[i];
+}
+
 /* One query head over the cached tokens: softmax(q k * scaling) v. `scores` holds a number a token. */
 static void attend_head(const float *q, const float *keys, const float *values, int64_t tokens, int64_t dim,
                         float scaling, float *scores, float *out) {
@@ -55,14 +84,24 @@ static void attend_head(const float *q, const float *keys, const float *values, 
         scores[t] = product_of(q, keys + t * dim, dim) * scaling;
         most = scores[t] > most ? scores[t] : most;
     }
-    float sum = 0.0f;
-    for (int64_t t = 0; t < tokens; t++) sum += scores[t] = expf(scores[t] - most);
+    vec sums = zero();
+    int64_t w = 0;
+    for (; w + WIDTH <= tokens; w += WIDTH) {
+        const vec powers = exponential(sub(load(scores + w), splat(most)));
+        store(scores + w, powers);
+        sums = add(sums, powers);
+    }
+    float sum = total(sums);
+    for (; w < tokens; w++) sum += scores[w] = expf(scores[w] - most);
     const float share = 1.0f / sum;
     int64_t d = 0;
     for (; d + WIDTH <= dim; d += WIDTH) {
-        vec got = zero();
-        for (int64_t t = 0; t < tokens; t++) got = fused(splat(scores[t]), load(values + t * dim + d), got);
-        store(out + d, mul(got, splat(share)));
+        vec got[4] = {zero(), zero(), zero(), zero()};
+        int64_t t = 0;
+        for (; t + 4 <= tokens; t += 4)
+            for (int i = 0; i < 4; i++) got[i] = fused(splat(scores[t + i]), load(values + (t + i) * dim + d), got[i]);
+        for (; t < tokens; t++) got[0] = fused(splat(scores[t]), load(values + t * dim + d), got[0]);
+        store(out + d, mul(add(add(got[0], got[1]), add(got[2], got[3])), splat(share)));
     }
     for (; d < dim; d++) {
         float got = 0.0f;
@@ -78,39 +117,4 @@ static void attend(void *shared) {
         attend_head(job->q + head * job->dim, job->keys + group * job->stride, job->values + group * job->stride,
                     job->tokens, job->dim, job->scaling, job->scores + head * job->tokens, job->out + head * job->dim);
     }
-}
-
-/* e^x to about one unit in the last place: 2^k times a polynomial of the rest; vectorized by the compiler. */
-#define LANES 16
-static void exponentials(const float *x, float *y) {
-    for (int i = 0; i < LANES; i++) {
-        float v = x[i] > 88.0f ? 88.0f : x[i];
-        v = v < -87.0f ? -87.0f : v;
-        const float k = (v * 1.44269504f + 12582912.0f) - 12582912.0f;
-        const float r = (v - k * 0.693145752f) - k * 1.42860677e-6f;
-        float p = 1.98756915e-4f;
-        p = p * r + 1.39819994e-3f;
-        p = p * r + 8.33345205e-3f;
-        p = p * r + 4.16657962e-2f;
-        p = p * r + 1.66666654e-1f;
-        p = p * r + 5.00000012e-1f;
-        p = p * r * r + r + 1.0f;
-        const union {
-            int32_t bits;
-            float value;
-        } power = {((int32_t)k + 127) << 23};
-        y[i] = p * power.value;
-    }
-}
-
-/* out = g / (1 + e^-g) * u */
-static void silu_gate(const float *g, const float *u, int64_t n, float *out) {
-    float negative[LANES], powers[LANES];
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        for (int j = 0; j < LANES; j++) negative[j] = -g[i + j];
-        exponentials(negative, powers);
-        for (int j = 0; j < LANES; j++) out[i + j] = g[i + j] / (1.0f + powers[j]) * u[i + j];
-    }
-    for (; i < n; i++) out[i] = g[i] / (1.0f + expf(-g[i])) * u[i];
 }

@@ -18,9 +18,14 @@
 #define PIECE 4096     /* columns at once for one token */
 #define MANY_PIECE 2048 /* ... for several: their x stays in the first-level cache */
 #define BLOCK 32
+#define AHEAD 8192 /* bytes that are asked for beforehand, at least: some rows */
 #define UNITS (PIECE / 16 + 16) /* scales of a row's piece at most, and room for a vector */
 
-#if defined(ANYBIT_ENGINE_AVX512)
+#if defined(ANYBIT_ENGINE_AVX512_VBMI)
+#include "vector_avx512.h"
+#define ENGINE anybit_engine_avx512_vbmi
+#define ENGINE_NAME "avx512_vbmi"
+#elif defined(ANYBIT_ENGINE_AVX512)
 #include "vector_avx512.h"
 #define ENGINE anybit_engine_avx512
 #define ENGINE_NAME "avx512"
@@ -132,115 +137,9 @@ INLINE void put(void *y, int32_t format, int64_t at, float value) {
         ((uint16_t *)y)[at] = format == ANYBIT_F16 ? float_to_half(value) : float_to_bfloat(value);
 }
 
-/* ---- scales and offsets of a piece --------------------------------------------------------------------------- */
-
-/* A piece of some rows: planes at its first block, a scale and an offset for each unit. */
-typedef struct {
-    const uint8_t *plane[ROWS][3];
-    int64_t ahead[3]; /* bytes from the codes of these rows to those that are asked for beforehand */
-    float scale[ROWS][UNITS], offset[ROWS][UNITS];
-} pieces;
-
-INLINE int64_t units_in(int64_t columns, int unit) { return (columns + unit - 1) >> (unit == 16 ? 4 : 5); }
-
-/* Asks for the bytes that will be read in the place of these some rows later: the next rows, or a page ahead. */
-INLINE void prefetch(const uint8_t *const *from, int rows, int64_t stride, int64_t bytes) {
-    const int64_t ahead = ROWS * stride > 4096 ? ROWS * stride : 4096;
-    if (rows == ROWS && from[ROWS - 1] - from[0] == (ROWS - 1) * stride && stride < bytes + 64) { /* one run of bytes */
-        rows = 1;
-        bytes += (ROWS - 1) * stride;
-    }
-    for (int r = 0; r < rows; r++)
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from[r] + ahead + i);
-}
-
-/* The entries of array `a` for the units of columns [from, from + columns) of some rows, spread to the units. */
-static void units_of(const anybit_array *a, int64_t expert, const int64_t *row, int rows, int64_t from, int64_t columns,
-                     int unit, float (*out)[UNITS]) {
-    const int64_t group = a->group, size = format_bytes[a->format], count = units_in(columns, unit);
-    const int64_t first = group == 0 || from == 0 ? 0 : (int64_t)((uint64_t)from / (uint64_t)group);
-    const int64_t ratio = group >> (unit == 16 ? 4 : 5);
-    const uint8_t *base = (const uint8_t *)a->data + expert * a->expert_stride + first * size, *start[ROWS];
-    for (int r = 0; r < rows; r++)
-        start[r] = base + (a->row_block == 1 ? row[r] : row[r] / a->row_block) * a->row_stride;
-    if (group == unit) {
-        prefetch(start, rows, a->row_stride, count * size);
-        convert_rows(a->format, start, rows, count, out);
-    } else if (group == 0 || from + columns <= (first + 1) * group) { /* one entry */
-        for (int r = 0; r < rows; r++) {
-            const vec value = splat(one_number(a->format, start[r]));
-            for (int64_t i = 0; i < count; i += WIDTH) store(out[r] + i, value);
-        }
-    } else if (ratio * unit == group && first * group == from) {
-        float entries[ROWS][UNITS];
-        const int64_t stored = (int64_t)((uint64_t)(columns + group - 1) / (uint64_t)group);
-        const int shift = ratio == 2 ? 1 : ratio == 4 ? 2 : 3;
-        prefetch(start, rows, a->row_stride, stored * size);
-        convert_rows(a->format, start, rows, stored, entries);
-        for (int r = 0; r < rows; r++) {
-            if (ratio == 1 << shift)
-                for (int64_t i = 0; i < count; i += WIDTH)
-                    store(out[r] + i, repeated(entries[r] + (i >> shift), shift));
-            else if (ratio == WIDTH)
-                for (int64_t g = 0; g < stored; g++) store(out[r] + g * WIDTH, splat(entries[r][g]));
-            else if (ratio % WIDTH == 0) /* a division for each vector would take longer than all else */
-                for (int64_t g = 0, i = 0; g < stored; g++)
-                    for (const int64_t end = i + ratio; i < end && i < count; i += WIDTH)
-                        store(out[r] + i, splat(entries[r][g]));
-            else
-                for (int64_t i = 0; i < count; i++) out[r][i] = entries[r][i / ratio];
-        }
-    } else { /* groups that straddle units or pieces */
-        for (int r = 0; r < rows; r++)
-            for (int64_t i = 0; i < count; i++)
-                out[r][i] = one_number(a->format, start[r] + ((from + i * unit) / group - first) * size);
-    }
-}
-
-/* Everything but the codes: reads the scales and offsets of the piece and points at its codes. */
-static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, int rows, int64_t from, int64_t columns,
-                  int unit, const int is_dot, pieces *p) {
-    static const int bytes_of_plane[9][3] = {{0}, {4}, {8}, {8, 4}, {16}, {16, 4}, {16, 8}, {16, 8, 4}, {32}};
-    const int64_t count = units_in(columns, unit);
-    for (int i = 0; i < 3 && w->plane[i]; i++) {
-        const int64_t block = w->kind == ANYBIT_FLOAT ? (w->bits == 32 ? 128 : 64) : bytes_of_plane[w->bits][i];
-        const uint8_t *base = (const uint8_t *)w->plane[i] + expert * w->plane_expert_stride[i] + (from >> 5) * block;
-        const uint8_t *start[ROWS];
-        for (int r = 0; r < rows; r++) p->plane[r][i] = start[r] = base + row[r] * w->plane_row_stride[i];
-        p->ahead[i] = ROWS * w->plane_row_stride[i] > 4096 ? ROWS * w->plane_row_stride[i] : 4096;
-        if (!is_dot) prefetch(start, rows, w->plane_row_stride[i], (columns >> 5) * block);
-    }
-    if (w->kind == ANYBIT_FLOAT) return;
-    float second[ROWS][UNITS];
-    if (w->scale.data)
-        units_of(&w->scale, expert, row, rows, from, columns, unit, p->scale);
-    else
-        for (int r = 0; r < rows; r++)
-            for (int64_t i = 0; i < count; i += WIDTH) store(p->scale[r] + i, splat(1.0f));
-    if (w->scale2.data) {
-        units_of(&w->scale2, expert, row, rows, from, columns, unit, second);
-        for (int r = 0; r < rows; r++)
-            for (int64_t i = 0; i < count; i += WIDTH) {
-                const vec s = load(p->scale[r] + i), t = load(second[r] + i);
-                store(p->scale[r] + i, w->divide ? divide(s, t) : mul(s, t));
-            }
-    }
-    if (!w->offset.data) return;
-    units_of(&w->offset, expert, row, rows, from, columns, unit, p->offset);
-    if (w->offset2.data) {
-        units_of(&w->offset2, expert, row, rows, from, columns, unit, second);
-        for (int r = 0; r < rows; r++)
-            for (int64_t i = 0; i < count; i += WIDTH) {
-                const vec o = mul(load(p->offset[r] + i), load(second[r] + i));
-                store(p->offset[r] + i, w->offset.negate ? sub(splat(-0.0f), o) : o);
-            }
-        return;
-    }
-    if (w->offset.negate)
-        for (int r = 0; r < rows; r++)
-            for (int64_t i = 0; i < count; i += WIDTH)
-                store(p->offset[r] + i, sub(splat(-0.0f), load(p->offset[r] + i)));
-}
+static int64_t arranged_size(const anybit_weight *w);
+static int reads_by_units(const anybit_weight *w);
+#include "scale_parts.h"
 
 /* ---- instances ------------------------------------------------------------------------------------------------ */
 
@@ -314,46 +213,42 @@ INLINE void ask_ahead(const pieces *p, int64_t b, const int plane, const int byt
     }
 }
 
-#if defined(HAS_QUARTERS)
-/* As `dot_body` for one token: pairs of blocks; returns how many blocks were taken. */
-INLINE int64_t dot_quarters(const pieces *p, int64_t blocks, const float *x, const int offset_kind, const table *values,
-                            vec (*sum)[MOST_TOKENS + 1]) {
-    const int has_offset = adds_offset(offset_kind);
-    int64_t b = 0;
-    for (; b + 2 <= blocks; b += 2) {
-        vec in[4];
-        ask_ahead(p, b, 0, 8);
-        ask_ahead(p, b + 1, 0, 8);
-        by_fours(x + BLOCK * b, in);
-        for (int r = 0; r < ROWS; r++) {
-            vec weights[4];
-            const vec s = spread_quarters(p->scale[r] + 2 * b);
-            const vec o = has_offset ? spread_quarters(p->offset[r] + 2 * b) : zero();
-            quarters(p->plane[r][0] + 8 * b, apply(offset_kind, values->values, s, o), weights);
-            for (int i = 0; i < 4; i++) sum[r][i % 2] = fused(weights[i], in[i], sum[r][i % 2]);
-        }
-    }
-    return b;
+#if defined(HAS_LANES)
+#include "wide_parts.h"
+#else
+static int64_t arranged_size(const anybit_weight *w) { return (void)w, 0; }
+static int reads_by_units(const anybit_weight *w) { return (void)w, 0; }
+static void arrange(const anybit_weight *w, const float *x, int64_t columns, float *to) {
+    (void)w, (void)x, (void)columns, (void)to;
 }
 #endif
 
-/* Adds the products of four rows with `tokens` rows of x, from column `from`, over `blocks` blocks to sums. */
+/* Adds the products of four rows with `tokens` rows of x, from column `from`, over `blocks` blocks to sums. x is arranged
+ * where the weight's order says so. */
 INLINE void dot_body(const anybit_weight *w, const pieces *p, int64_t blocks, const float *const *x, int64_t from,
                      float (*sums)[ROWS], const int tokens, const int kind, const int bits, const int is_signed,
                      const int offset_kind, const int unit) {
+#if defined(HAS_LANES)
+    const int order = order_of(kind, bits, offset_kind);
+    const float *arranged[MOST_TOKENS];
+    for (int t = 0; t < tokens; t++) arranged[t] = x[t] + from;
+    if (order == BY_UNITS) {
+        dot_units(w, p, blocks, arranged, sums, tokens, bits, offset_kind, unit);
+        return;
+    }
+    if (order != AS_IT_IS) {
+        dot_halves(w, p, blocks, arranged, sums, tokens, kind, bits, offset_kind, unit);
+        return;
+    }
+#endif
     /* independent sums for each row and token, as additions take time; with short vectors the four rows suffice */
     const int chains = tokens == 1 && WIDTH == 16 ? 2 : 1;
     const int stored_bits = kind != ANYBIT_FLOAT ? bits : bits == 32 ? 32 : 16;
     const table values = table_of(w->table);
-    const lookup all = lookup_of(w, kind, bits);
     vec sum[ROWS][MOST_TOKENS + 1];
     for (int r = 0; r < ROWS; r++)
         for (int i = 0; i < tokens * chains; i++) sum[r][i] = zero();
     int64_t b = 0;
-#if defined(HAS_QUARTERS)
-    if (kind == ANYBIT_TABLE && bits == 2 && unit == 16 && tokens == 1)
-        b = dot_quarters(p, blocks, x[0] + from, offset_kind, &values, sum);
-#endif
     for (; b < blocks; b++) {
         vec in[MOST_TOKENS][VECTORS];
         for (int i = 0, left = stored_bits; left > 0; i++) {
@@ -365,7 +260,7 @@ INLINE void dot_body(const anybit_weight *w, const pieces *p, int64_t blocks, co
             for (int i = 0; i < VECTORS; i++) in[t][i] = load(x[t] + from + BLOCK * b + WIDTH * i);
         for (int r = 0; r < ROWS; r++) {
             vec weights[VECTORS];
-            block(w, p, r, b, kind, bits, is_signed, offset_kind, unit, &values, &all, weights);
+            block(w, p, r, b, kind, bits, is_signed, offset_kind, unit, &values, p->all, weights);
             for (int t = 0; t < tokens; t++)
                 for (int i = 0; i < VECTORS; i++) {
                     vec *to = &sum[r][t * chains + i % chains];
@@ -382,10 +277,9 @@ INLINE void dot_body(const anybit_weight *w, const pieces *p, int64_t blocks, co
 INLINE void expand_body(const anybit_weight *w, const pieces *p, int r, int64_t first, int64_t blocks, float *out,
                         const int kind, const int bits, const int is_signed, const int offset_kind, const int unit) {
     const table values = table_of(w->table);
-    const lookup all = lookup_of(w, kind, bits);
     for (int64_t b = 0; b < blocks; b++) {
         vec weights[VECTORS];
-        block(w, p, r, first + b, kind, bits, is_signed, offset_kind, unit, &values, &all, weights);
+        block(w, p, r, first + b, kind, bits, is_signed, offset_kind, unit, &values, p->all, weights);
         for (int i = 0; i < VECTORS; i++) store(out + BLOCK * b + WIDTH * i, weights[i]);
     }
 }
@@ -397,6 +291,7 @@ typedef struct {
     int unit;
     dot_function *dot[3]; /* for 1, 2 and 4 tokens */
     void (*expand)(const anybit_weight *, const pieces *, int, int64_t, int64_t, float *);
+    lookup all;
 } instance;
 
 /* Every combination that is compiled: X(kind, bits, signed, offset, unit). */
@@ -439,9 +334,10 @@ INSTANCES(DEFINE)
     ((kind) << 12 | (bits) << 6 | (is_signed) << 5 | (offset) << 1 | ((unit) == 16))
 #define CASE(...) \
     case KEY(__VA_ARGS__): \
-        return (instance){UNIT_OF(__VA_ARGS__), \
-                          {NAME(dot1, __VA_ARGS__), NAME(dot2, __VA_ARGS__), DOT4(__VA_ARGS__)}, \
-                          NAME(expand, __VA_ARGS__)};
+        f->unit = UNIT_OF(__VA_ARGS__); \
+        f->dot[0] = NAME(dot1, __VA_ARGS__), f->dot[1] = NAME(dot2, __VA_ARGS__), f->dot[2] = DOT4(__VA_ARGS__); \
+        f->expand = NAME(expand, __VA_ARGS__); \
+        return 1;
 #define UNIT_OF(kind, bits, is_signed, offset, unit) unit
 
 static int fills_blocks(const anybit_array *a, int64_t cols) {
@@ -465,17 +361,26 @@ static int offset_kind_of(const anybit_weight *w, int is_whole) {
     return w->offset_kind == ANYBIT_MINIMUM && has_instance && scales_exactly(w) ? EXACT_MINIMUM : w->offset_kind;
 }
 
-static instance instance_for(const anybit_weight *w) {
+/* 0 if there is none. */
+static int find_instance(const anybit_weight *w, instance *f) {
     const int whole = fills_blocks(&w->scale, w->cols) && fills_blocks(&w->scale2, w->cols) &&
                       fills_blocks(&w->offset, w->cols) && fills_blocks(&w->offset2, w->cols);
     switch (KEY(w->kind, w->bits, w->is_signed, offset_kind_of(w, whole), whole ? 32 : 16)) {
         INSTANCES(CASE)
     default:
-        return (instance){0, {0, 0, 0}, 0};
+        return 0;
     }
 }
 
-static int32_t check(const anybit_weight *w) { return instance_for(w).expand ? ANYBIT_OK : ANYBIT_BAD_WEIGHT; }
+static int32_t check(const anybit_weight *w) {
+    instance f;
+    return find_instance(w, &f) ? ANYBIT_OK : ANYBIT_BAD_WEIGHT;
+}
+
+static void make_ready(const anybit_weight *w, instance *f) {
+    find_instance(w, f);
+    fill_lookup(w, &f->all);
+}
 
 /* ---- rows ------------------------------------------------------------------------------------------------------ */
 
@@ -493,12 +398,14 @@ static void expand_tail(const anybit_weight *w, const instance *f, const pieces 
     for (int64_t i = columns; i < BLOCK; i++) out[i] = 0.0f;
 }
 
-/* Products of four rows with `tokens` rows of x; `tails` holds the x of the partial block, padded. */
+/* Products of four rows with `tokens` rows of x (arranged where `f` wants it); `tails` holds the x of the partial block,
+ * padded. */
 static void products(const anybit_weight *w, const instance *f, int64_t expert, const int64_t *rows,
                      const float *const *x, const float (*tails)[BLOCK], int64_t tokens, float (*sums)[ROWS]) {
     const int64_t whole = w->cols & ~(int64_t)(BLOCK - 1), rest = w->cols - whole;
     const int64_t most = tokens == 1 ? PIECE : MANY_PIECE;
     pieces p;
+    p.all = &f->all;
     memset(sums, 0, (size_t)tokens * sizeof *sums);
     for (int64_t from = 0; from < whole; from += most) {
         const int64_t columns = whole - from < most ? whole - from : most;
@@ -543,7 +450,8 @@ INLINE void finish(const anybit_job *job, int64_t expert, int64_t row, int64_t p
 static void linear(void *shared) {
     anybit_job *job = shared;
     const anybit_weight *w = job->w;
-    const instance f = instance_for(w);
+    instance f;
+    make_ready(w, &f);
     const int64_t whole = w->cols & ~(int64_t)(BLOCK - 1), rest = w->cols - whole;
     for (int64_t item; (item = atomic_fetch_add_explicit(&job->next, 1, memory_order_relaxed)) < job->items;) {
         const anybit_run *run = job->runs + item / job->items_per_run;
@@ -554,10 +462,12 @@ static void linear(void *shared) {
             const float *x[TOKENS];
             float tails[TOKENS][BLOCK];
             for (int64_t t = 0; t < tokens; t++) {
-                x[t] = job->x + (job->tokens ? job->tokens[first + t] : first + t) * job->ldx;
+                const int64_t row = job->tokens ? job->tokens[first + t] : first + t;
+                const float *natural = job->x + row * job->ldx;
+                x[t] = job->arranged ? job->arranged + row * job->ldarranged : natural;
                 if (!rest) continue;
                 memset(tails[t], 0, sizeof tails[t]);
-                memcpy(tails[t], x[t] + whole, (size_t)rest * sizeof(float));
+                memcpy(tails[t], natural + whole, (size_t)rest * sizeof(float));
             }
             for (int64_t row = from; row < to; row += ROWS) {
                 float sums[TOKENS][ROWS];
@@ -571,12 +481,19 @@ static void linear(void *shared) {
     }
 }
 
+/* x [rows, cols] of a job in its weight's order. */
+static void arrange_rows(const anybit_job *job, int64_t rows, float *to) {
+    const int64_t whole = job->w->cols & ~(int64_t)(BLOCK - 1);
+    for (int64_t r = 0; r < rows; r++) arrange(job->w, job->x + r * job->ldx, whole, to + r * job->ldarranged);
+}
+
 static void decode_row(const anybit_job *job, const instance *f, int64_t index, int64_t at) {
     const anybit_weight *w = job->w;
     const int64_t expert = index / w->rows, row = index % w->rows;
     const float factor = w->factor.data ? row_factor(w, expert, row) : 1.0f;
     float buffer[PIECE];
     pieces p;
+    p.all = &f->all;
     for (int64_t from = 0; from < w->cols; from += PIECE) {
         const int64_t columns = w->cols - from < PIECE ? w->cols - from : PIECE, blocks = columns / BLOCK;
         const int64_t rest = columns % BLOCK;
@@ -599,7 +516,8 @@ static void decode_row(const anybit_job *job, const instance *f, int64_t index, 
 
 static void decode(void *shared) {
     anybit_job *job = shared;
-    const instance f = instance_for(job->w);
+    instance f;
+    make_ready(job->w, &f);
     for (int64_t item; (item = atomic_fetch_add_explicit(&job->next, 1, memory_order_relaxed)) < job->items;) {
         const int64_t from = item * job->rows_per_item;
         const int64_t to = from + job->rows_per_item < job->rows ? from + job->rows_per_item : job->rows;
@@ -613,6 +531,6 @@ static void decode(void *shared) {
 #include "prefill_parts.h"
 
 const anybit_engine ENGINE = {
-    ENGINE_NAME, check, linear, decode, to_float, GEMM_ROWS, GEMM_TILES, LANES_X, pack, gemm,
+    ENGINE_NAME, check, linear, decode, arranged_size, arrange_rows, to_float, GEMM_ROWS, GEMM_TILES, LANES_X, pack, gemm,
     rms_norm, rotate, attend, silu_gate, pack_keys, attend_many,
 };

@@ -16,7 +16,8 @@ typedef struct {
 typedef struct {
     const anybit_weight *w;
     const float *x; /* float32 rows */
-    int64_t ldx;
+    int64_t ldx, ldarranged;
+    const float *arranged; /* the same rows in the order that the weight is read in; NULL: as they are */
     const int32_t *tokens; /* x row of a pair; NULL: the pair's own number */
     void *y;
     int64_t ldy;
@@ -26,7 +27,7 @@ typedef struct {
     const int64_t *row_indices; /* decode */
     int64_t row_start;
     int64_t rows, rows_per_item, items_per_run, items;
-    atomic_llong next;
+    _Alignas(64) atomic_llong next; /* a line of its own: all else is only read */
 } anybit_job;
 
 /* A product of many tokens: y [tokens, rows] of the rows [row_start, row_start + rows) of w. */
@@ -67,6 +68,8 @@ typedef struct {
     int32_t (*check)(const anybit_weight *w);
     void (*linear)(void *job);
     void (*decode)(void *job);
+    int64_t (*arranged_size)(const anybit_weight *w); /* floats of a row of x in the weight's order; 0: as it is */
+    void (*arrange)(const anybit_job *job, int64_t rows, float *to);
     void (*to_float)(int32_t format, const void *from, int64_t count, float *to); /* `to` has room for 15 more */
     int32_t gemm_rows, gemm_tiles, gemm_tokens; /* rows of a tile, tiles of an item at most, tokens of a panel */
     void (*pack)(void *gemm);
@@ -81,7 +84,7 @@ typedef struct {
 
 extern const anybit_engine anybit_engine_generic;
 #if defined(ANYBIT_X86)
-extern const anybit_engine anybit_engine_avx2, anybit_engine_avx512;
+extern const anybit_engine anybit_engine_avx2, anybit_engine_avx512, anybit_engine_avx512_vbmi;
 #endif
 
 #endif

@@ -86,6 +86,7 @@ static void decode_piece(const anybit_weight *w, const instance *f, int64_t row,
                          int64_t columns, float *buffer) {
     const int64_t blocks = columns / BLOCK, rest = columns % BLOCK;
     pieces p;
+    p.all = &f->all;
     for (int64_t r = 0; r < GEMM_ROWS; r += ROWS) {
         int64_t some[ROWS];
         for (int i = 0; i < ROWS; i++) some[i] = row + (r + i < rows ? r + i : rows - 1);
@@ -126,7 +127,8 @@ static void put_tile(const anybit_gemm *job, int64_t row, int64_t rows, int64_t 
 static void gemm(void *shared) {
     anybit_gemm *job = shared;
     const anybit_weight *w = job->w;
-    const instance f = instance_for(w);
+    instance f;
+    make_ready(w, &f);
     _Alignas(64) float buffer[GEMM_TILES][GEMM_ROWS * GEMM_APART];
     const int64_t item_rows = job->tiles * GEMM_ROWS, end = job->row_start + job->rows;
     const int is_whole = w->cols <= GEMM_PIECE;

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from anybit.kernels.native import ABI, ArrayStruct, MinifloatStruct, WeightStruct, library, why_missing
+from anybit.kernels.native.memory import settled
 from anybit.kernels.native.support import (
     FLOAT,
+    INTEGER,
     MINIMUM,
     NO_OFFSET,
     ROUNDINGS,
+    TABLE,
     ZERO_POINT,
     Code,
     code,
@@ -35,6 +38,7 @@ __all__ = ["Planes", "from_weight", "keep_threads", "pack_planes", "threads"]
 
 RUN: Final = 32  # codes that share bytes
 _SLACK: Final = 64  # bytes that must be readable beyond scales and offsets
+_MOST_BIAS: Final = 128  # code - bias must be exact in bfloat16, as tables of codes hold it
 _CHUNK: Final = 1 << 22  # codes packed at once: bounds the temporaries
 _FORMATS: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum anybit_format
 
@@ -101,6 +105,7 @@ class Planes:
             assert plane.shape[:-1] == self.shape[:-1] and plane.device.type == "cpu"
             assert element.kind == FLOAT or plane.shape[-1] == -(-self.cols // RUN) * 4 * width
             plane = plane if plane.stride(-1) == 1 or plane.shape[-1] <= 1 else plane.contiguous()
+            plane = plane if element.kind == FLOAT else settled(plane)  # the host may hold an unquantized tensor
             self.buffers.append(plane)
             self._struct.plane[i] = plane.data_ptr()
             self._struct.plane_row_stride[i] = plane.stride(-2) * plane.element_size()
@@ -127,11 +132,30 @@ class Planes:
         if spec is None:
             return
         assert offset is not None and len(offset_scales) == len(spec.levels)
+        if spec.kind == "zero_point" and self._fold(scale_values(spec.format, offset)):
+            return
         self._struct.offset_kind = ZERO_POINT if spec.kind == "zero_point" else MINIMUM
         self._struct.offset = self._array(spec, offset)
         self._struct.offset.negate = spec.kind == "minimum" and spec.subtract
         if spec.levels:
             self._struct.offset2 = self._array(spec.levels[0], offset_scales[0])
+
+    def _fold(self, zero_points: Tensor) -> bool:
+        """True if one zero point serves all codes: their values now hold it, v - z once and not for each weight."""
+        struct = self._struct
+        if struct.kind not in (TABLE, INTEGER) or struct.bits == 8 or zero_points.numel() == 0:
+            return False
+        zero = float(zero_points.flatten()[0])
+        if not bool((zero_points == zero).all()) or (struct.kind == INTEGER and not zero.is_integer()):
+            return False
+        if struct.kind == INTEGER:
+            if abs(struct.bias + zero) > _MOST_BIAS:
+                return False
+            struct.bias += int(zero)
+            return True
+        values = torch.tensor(list(struct.table), dtype=torch.float32) - zero
+        struct.table[:] = values.tolist()
+        return True
 
     def _array(self, level: ScaleLevel | Offset, values: Tensor) -> ArrayStruct:
         """Scales or offsets [.., blocks of rows, blocks of columns] copied to where the kernel may read beyond them."""
@@ -147,6 +171,7 @@ class Planes:
         count = values.numel() * values.element_size()
         buffer = torch.zeros(count + _SLACK, dtype=torch.uint8)
         buffer[:count].view(values.dtype).copy_(values.flatten())
+        buffer = settled(buffer)
         self.buffers.append(buffer)
         row_bytes = values.shape[-1] * values.element_size()
         return ArrayStruct(

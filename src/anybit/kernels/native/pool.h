@@ -21,11 +21,11 @@
 static struct {
     pthread_mutex_t caller, sleep; /* one call at a time; guards the condition */
     pthread_cond_t wake;
-    atomic_uint call;     /* changes with every call */
-    atomic_uint gate;     /* POOL_OPEN | workers inside */
     atomic_uint sleepers;
-    atomic_uint limit;    /* workers that may take part */
     unsigned workers;
+    _Alignas(64) atomic_uint call; /* changes with every call; a line of its own: workers keep reading it */
+    _Alignas(64) atomic_uint gate; /* POOL_OPEN | workers inside */
+    atomic_uint limit;             /* workers that may take part */
     void (*work)(void *);
     void *job;
 } pool = {.caller = PTHREAD_MUTEX_INITIALIZER, .sleep = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
@@ -79,8 +79,8 @@ static void pool_run(void (*work)(void *), void *job, unsigned threads) {
     pthread_attr_destroy(&attributes);
     pool.work = work;
     pool.job = job;
-    atomic_store(&pool.limit, wanted);
-    atomic_store(&pool.gate, POOL_OPEN);
+    atomic_store_explicit(&pool.limit, wanted, memory_order_relaxed);
+    atomic_store_explicit(&pool.gate, POOL_OPEN, memory_order_release); /* what a late worker enters by */
     atomic_fetch_add(&pool.call, 1);
     if (atomic_load(&pool.sleepers)) {
         pthread_mutex_lock(&pool.sleep);

@@ -48,7 +48,12 @@ INLINE vec repeated(const float *p, const int shift) { /* each number 2^shift ti
     __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_permutevar8x32_ps(load(p), _mm256_srli_epi32(lane, shift));
 }
-INLINE vec maximum(vec a, vec b) { return _mm256_max_ps(a, b); }
+INLINE vec maximum(vec a, vec b) { return _mm256_max_ps(a, b); } /* b where either is NaN; so does minimum */
+INLINE vec minimum(vec a, vec b) { return _mm256_min_ps(a, b); }
+INLINE vec times_power_of_two(vec v, vec whole) { /* -126 <= whole <= 127 */
+    __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+}
 INLINE vec nan_from(vec v, float limit) { /* NaN where |v| >= limit */
     vec magnitude = _mm256_andnot_ps(splat(-0.0f), v);
     return _mm256_blendv_ps(v, splat(NAN), _mm256_cmp_ps(magnitude, splat(limit), _CMP_GE_OQ));
@@ -136,10 +141,7 @@ typedef struct {
     char none;
 } lookup;
 
-INLINE lookup lookup_of(const anybit_weight *w, const int kind, const int bits) {
-    (void)w, (void)kind, (void)bits;
-    return (lookup){0};
-}
+static void fill_lookup(const anybit_weight *w, lookup *none) { (void)w, (void)none; }
 
 INLINE void integer_block(const int bits, const int is_signed, const uint8_t *const plane[3], int64_t b, int32_t bias,
                           const lookup *none, vec out[4]) {

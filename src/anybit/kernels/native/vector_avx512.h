@@ -45,7 +45,9 @@ INLINE vec repeated(const float *p, const int shift) { /* each number 2^shift ti
     __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return _mm512_permutexvar_ps(_mm512_srli_epi32(lane, shift), load(p));
 }
-INLINE vec maximum(vec a, vec b) { return _mm512_max_ps(a, b); }
+INLINE vec maximum(vec a, vec b) { return _mm512_max_ps(a, b); } /* b where either is NaN; so does minimum */
+INLINE vec minimum(vec a, vec b) { return _mm512_min_ps(a, b); }
+INLINE vec times_power_of_two(vec v, vec whole) { return _mm512_scalef_ps(v, whole); }
 INLINE vec nan_from(vec v, float limit) { /* NaN where |v| >= limit */
     return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(_mm512_abs_ps(v), splat(limit), _CMP_GE_OQ), splat(NAN));
 }
@@ -156,9 +158,11 @@ INLINE void integers(const int bits, const int is_signed, const uint8_t *const p
     c[1] = _mm512_mask_or_epi32(c[1], mask16(one + 2), c[1], top);
 }
 
-/* The values of all codes of 5 or 6 bits as bfloat16, which holds every one of them exactly: 64 words. */
+/* The values of codes of 5 to 8 bits as bfloat16, which holds every one of them exactly: of 5 and 6 bits all, repeated to
+ * 64; of 7 bits and of 8-bit floats the first 128 (the sign is the top bit). */
 typedef struct {
-    __m512i words[2];
+    _Alignas(64) uint16_t words[128];
+    _Alignas(64) uint8_t bytes[2][128]; /* the same, lower and upper bytes apart */
 } lookup;
 
 INLINE vec minifloats(__m512i codes, const anybit_minifloat *f) { /* of sixteen codes, 32 bits each */
@@ -168,17 +172,21 @@ INLINE vec minifloats(__m512i codes, const anybit_minifloat *f) { /* of sixteen 
     return mul(_mm512_cvtph_ps(_mm512_castsi512_si256(half)), splat(f->power));
 }
 
-INLINE lookup lookup_of(const anybit_weight *w, const int kind, const int bits) {
-    lookup made = {{_mm512_setzero_si512(), _mm512_setzero_si512()}};
-    if (bits != 5 && bits != 6) return made;
-    for (int i = 0; i < 4; i++) {
-        __m512i codes = _mm512_add_epi32(counting(1), _mm512_set1_epi32(i * 16 % (1 << bits)));
-        vec values = kind == ANYBIT_MINIFLOAT ? minifloats(codes, &w->minifloat)
-                                              : _mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(w->bias)));
-        __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(values), 16));
-        made.words[i / 2] = i % 2 ? _mm512_inserti64x4(made.words[i / 2], words, 1) : _mm512_castsi256_si512(words);
+static void fill_lookup(const anybit_weight *w, lookup *made) {
+    const int is_integer = w->kind == ANYBIT_INTEGER, is_float = w->kind == ANYBIT_MINIFLOAT;
+    if (!(is_integer && w->bits >= 5 && w->bits < 8) && !is_float) return;
+    for (int i = 0; i < 128; i += 16) {
+        const __m512i codes = _mm512_add_epi32(counting(1), _mm512_set1_epi32(i % (1 << w->bits)));
+        vec values = is_float ? minifloats(codes, &w->minifloat)
+                              : _mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(w->bias)));
+        const __mmask16 nan = _mm512_cmpeq_epi32_mask(_mm512_and_si512(codes, _mm512_set1_epi32(w->minifloat.nan_and)),
+                                                      _mm512_set1_epi32(w->minifloat.nan_is));
+        if (is_float) values = _mm512_mask_mov_ps(values, nan, splat(NAN));
+        const __m512i words = _mm512_srli_epi32(_mm512_castps_si512(values), 16);
+        _mm256_store_si256((__m256i *)(made->words + i), _mm512_cvtepi32_epi16(words));
+        _mm_store_si128((__m128i *)(made->bytes[0] + i), _mm512_cvtepi32_epi8(words));
+        _mm_store_si128((__m128i *)(made->bytes[1] + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(words, 8)));
     }
-    return made;
 }
 
 /* Codes of 5 or 6 bits: word 2 j is code j, word 2 j + 1 code 16 + j, with other bits above them. */
@@ -197,8 +205,8 @@ INLINE __m512i code_words(const int bits, const uint8_t *const plane[3], int64_t
 
 INLINE void looked_up(const int bits, const uint8_t *const plane[3], int64_t b, const lookup *t, vec out[2]) {
     __m512i codes = code_words(bits, plane, b);
-    __m512i words = bits == 5 ? _mm512_permutexvar_epi16(codes, t->words[0])
-                              : _mm512_permutex2var_epi16(t->words[0], codes, t->words[1]);
+    const __m512i first = _mm512_load_si512(t->words), second = _mm512_load_si512(t->words + 32);
+    __m512i words = bits == 5 ? _mm512_permutexvar_epi16(codes, first) : _mm512_permutex2var_epi16(first, codes, second);
     out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
     out[1] = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)));
 }
@@ -232,29 +240,7 @@ INLINE void minifloat_block(const int bits, const uint8_t *const plane[3], int64
     out[1] = mul(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)), splat(f->power));
 }
 
-/* Two-bit codes whose scale changes every 16: 64 codes at once, four scaled values of each unit in a quarter of a vector.
- * out[t] holds codes 16 u + 4 t .. + 3 in quarter u; `by_fours` brings x to the same order. */
-#define HAS_QUARTERS
-#define QUARTER(j) ((j) / 4)
-#define QUARTER_SHIFT(j) (2 * ((j) % 4))
-
-INLINE vec spread_quarters(const float *four) { return _mm512_permutexvar_ps(EACH_LANE(QUARTER), load(four)); }
-
-INLINE void quarters(const uint8_t *run, vec values, vec out[4]) {
-    __m512i words = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)run));
-    __m512i c = _mm512_srlv_epi32(_mm512_permutexvar_epi32(EACH_LANE(QUARTER), words), EACH_LANE(QUARTER_SHIFT));
-    out[0] = _mm512_permutevar_ps(values, c);
-    out[1] = _mm512_permutevar_ps(values, _mm512_srli_epi32(c, 8));
-    out[2] = _mm512_permutevar_ps(values, _mm512_srli_epi32(c, 16));
-    out[3] = _mm512_permutevar_ps(values, _mm512_srli_epi32(c, 24));
-}
-
-INLINE void by_fours(const float *x, vec out[4]) {
-    vec a = load(x), b = load(x + 16), c = load(x + 32), d = load(x + 48);
-    vec ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);
-    out[0] = _mm512_shuffle_f32x4(ab, cd, 0x88);
-    out[1] = _mm512_shuffle_f32x4(ab, cd, 0xdd);
-    ab = _mm512_shuffle_f32x4(a, b, 0xee), cd = _mm512_shuffle_f32x4(c, d, 0xee);
-    out[2] = _mm512_shuffle_f32x4(ab, cd, 0x88);
-    out[3] = _mm512_shuffle_f32x4(ab, cd, 0xdd);
-}
+#define HAS_LANES
+#if defined(__AVX512VBMI__) && defined(__GFNI__)
+#define HAS_BYTE_LOOKUP
+#endif

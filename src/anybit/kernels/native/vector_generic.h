@@ -72,6 +72,14 @@ INLINE vec maximum(vec a, vec b) {
     for (int i = 0; i < WIDTH; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
     return a;
 }
+INLINE vec minimum(vec a, vec b) {
+    for (int i = 0; i < WIDTH; i++) a[i] = a[i] < b[i] ? a[i] : b[i];
+    return a;
+}
+INLINE vec times_power_of_two(vec v, vec whole) { /* -126 <= whole <= 127 */
+    for (int i = 0; i < WIDTH; i++) v[i] *= float_of_bits((uint32_t)(127 + (whole[i] == whole[i] ? (int)whole[i] : 0)) << 23);
+    return v;
+}
 INLINE vec nan_from(vec v, float limit) { /* NaN where |v| >= limit */
     for (int i = 0; i < WIDTH; i++) v[i] = v[i] >= limit || v[i] <= -limit ? NAN : v[i];
     return v;
@@ -133,10 +141,7 @@ typedef struct {
     char none;
 } lookup;
 
-INLINE lookup lookup_of(const anybit_weight *w, const int kind, const int bits) {
-    (void)w, (void)kind, (void)bits;
-    return (lookup){0};
-}
+static void fill_lookup(const anybit_weight *w, lookup *none) { (void)w, (void)none; }
 
 INLINE void integer_block(const int bits, const int is_signed, const uint8_t *const plane[3], int64_t b, int32_t bias,
                           const lookup *none, vec out[4]) {
