@@ -25,6 +25,7 @@ from anybit.planning.measured import Measured  # noqa: E402
 from anybit.planning.regret import ALLOWED, Regret, regrets  # noqa: E402
 from anybit.platforms import Platform, named  # noqa: E402
 
+_PROVIDERS: Final = {"humming-kernels": "humming", "aiter": "aiter"}  # library in a result file -> name in a platform
 # how a kernel is marked in a table of ratios; one of ours that decodes in registers has no mark
 MARKS: Final = {"triton-expand": "e", "torch-scaled-mm": "s", "torch-int-mm": "i", "torch-dense": "t"}
 
@@ -74,7 +75,7 @@ def _platform(document: dict[str, Any]) -> Platform:
     """The device as it is described, with the optional libraries of the measurement."""
     machine = document["machine"]
     found = named(machine["device"].removeprefix("NVIDIA ").lower())
-    more = {name for name in ("humming-kernels", "aiter") if name in machine}
+    more = {provider for library, provider in _PROVIDERS.items() if library in machine}
     return replace(found, providers=found.providers | more)
 
 

@@ -98,9 +98,9 @@ def torch_product(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, fact
 def shape_of(scheme: Scheme) -> tuple[int, int]:
     """N and K, both ragged where the scheme's groups allow."""
     if len(scheme.scales) > 1 and scheme.scales[1].block[1]:
-        return 40, 512
+        return 37, 512
     finest = scheme.scales[0].block[1]
-    return 40, {96: 288, 0: 200}.get(finest, 320 if finest < 128 else 384)
+    return 37, {96: 288, 0: 200}.get(finest, 320 if finest < 128 else 384)
 
 
 def errors(scheme: Scheme, name: str, regime: str) -> dict[str, object]:

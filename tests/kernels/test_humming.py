@@ -62,10 +62,12 @@ SCHEMES = {
     "uint3 zp g64": with_zeros("uint3", 64),
     "int8 channel": Scheme("int8", (ScaleLevel(F32, CHANNEL),)),
     "fp8 channel": Scheme(E4M3, (ScaleLevel(F32, CHANNEL),)),
+    "fp8 e5m2 channel": Scheme("fp8_e5m2", (ScaleLevel(BF16, CHANNEL),)),
     "fp8 tensor": Scheme(E4M3, (ScaleLevel(F32, TENSOR),)),
     "fp8 block": Scheme(E4M3, (ScaleLevel(F32, (128, 128)),)),
     "mxfp4": grouped("fp4_e2m1", 32, "e8m0"),
     "mxfp6": grouped("fp6_e3m2", 32, "e8m0"),
+    "mxfp6 e2m3": grouped("fp6_e2m3", 32, "e8m0"),
     "mxfp8": grouped(E4M3, 32, "e8m0"),
     "nvfp4": nvfp4(),
     "nvfp4 divided": nvfp4(divide=True),
@@ -129,14 +131,18 @@ def test_other_chips_are_refused_with_every_reason(platform: str, codes: set[str
     (replace(grouped("int4"), pre_scale=True), "scaled first"),
     (replace(grouped("int4"), round_to=BF16), "rounded to bfloat16"),
     (Scheme("int4"), "without a scale"),
-    (grouped("int4", 48), "blocks (1, 48)"),
-    (grouped("int4", 128, E4M3), "integer codes"),
+    (grouped("int4", 48), "by (1, 48) has not been tried"),
+    (grouped("int4", 128, E4M3), "scales of fp8_e4m3fn by (1, 128) has not been tried"),
     (replace(grouped("int4"), offset=Offset("zero_point", BF16, group(128))), "integer zero point"),
     (with_zeros("uint8"), "no codes of uint8"),
-    (with_zeros("int8"), "zero points of 8 bit"),
+    (with_zeros("int4"), "of unsigned codes"),
+    (Scheme("uint4", (ScaleLevel(BF16, CHANNEL),), offset=Offset("zero_point", "uint4", CHANNEL)), "by (1, 0) has not been tried"),
     (Scheme("int4", (ScaleLevel(BF16, group(128), divide=True),)), "divide"),
     (Scheme("int4", (ScaleLevel(BF16, group(128)), ScaleLevel(F32, CHANNEL))), "second level"),
-    (Scheme(E4M3, (ScaleLevel(F32, (64, 128)),)), "blocks (64, 128)"),
+    (replace(with_zeros("uint4"), offset=Offset("zero_point", "uint4", group(32))), "beside scales by (1, 128)"),
+    (Scheme(E4M3, (ScaleLevel(F32, (64, 128)),)), "by (64, 128) has not been tried"),
+    (Scheme(E4M3, (ScaleLevel(BF16, (128, 128)),)), "keeps these in float32"),
+    (grouped(E4M3), "by (1, 128) has not been tried"),
     (replace(SCHEMES["mxfp4"], activation=fp4_groups("nvfp4")), "weights without one"),
     (replace(SCHEMES["fp8 channel"], activation=ActivationSpec(E4M3, True, "token", "fp8_token")), "kernels of 8 bits"),
     (replace(with_zeros("uint4"), activation=ActivationSpec(E4M3, True, "token", "fp8_token")), "kernels of 8 bits"),
@@ -149,11 +155,12 @@ def test_what_it_has_no_words_for_is_refused_with_the_reason(scheme: Scheme, wor
 
 def test_shapes_and_dtypes_that_its_tiles_do_not_hold_are_refused() -> None:
     assert codes_against(nvfp4(), shape=(28672 + 64, 4096)) == {"shape"}
-    assert codes_against(nvfp4(), shape=(28672, 4096 + 32)) == {"shape"}
+    assert codes_against(nvfp4(), shape=(28672, 4096 + 64)) == {"shape"}
     assert codes_against(grouped("int4", 256), shape=(28672, 4096 + 128)) == {"shape"}
     assert codes_against(nvfp4(), dtype=F32) == {"dtype"}
     assert codes_against(ACTIVE["nvfp4 w4a4"], dtype=F16) == {"dtype"}
     assert codes_against(SCHEMES["int8 channel"], dtype=F16) == {"dtype"}
+    assert codes_against(grouped("int4", 32), dtype=F16) == {"dtype"}
     assert not codes_against(nvfp4(), dtype=F16)
     assert codes_against(nvfp4(), kind="embedding") == codes_against(nvfp4(), kind="experts", shape=(8, 1024, 512)) == {
         "kind"}
@@ -175,10 +182,10 @@ def test_it_says_what_it_rounds(scheme: Scheme, dtype: str, words: str) -> None:
     assert humming.rounds(request(scheme, dtype=dtype), h200("humming")) == words
 
 
-def test_codes_are_multiplied_where_the_chip_has_their_instructions() -> None:
-    a100 = replace(named("a100"), providers=frozenset({"torch", "humming"}))
-    assert codes_against(CODED["int4 g128 fp8"], a100) == {"arch"}
-    assert not codes_against(grouped("int4"), a100)
+def test_architectures_that_were_not_tried_are_refused() -> None:
+    for name in ("a100", "b200", "rtx4090"):
+        platform = replace(named(name), providers=frozenset({"torch", "triton", "humming"}))
+        assert codes_against(grouped("int4"), platform) == {"arch"}
 
 
 @pytest.mark.parametrize("scheme", CODED.values(), ids=CODED.keys())
@@ -329,6 +336,8 @@ def test_moved_buffers_are_taken_as_they_are(seen: package.Seen) -> None:
     (SCHEMES["fp8 channel"], lambda w: replace(w, stored_codes=torch.full_like(w.codes, 0x7F)), "NaN"),
     (with_zeros("uint4"), lambda w: replace(w, offset=torch.full_like(w.offset, 16)), "zero points outside"),
     (grouped("int4", format=F32), lambda w: replace(w, scales=(w.scales[0] * 1e38 * 1e5,)), "leave"),
+    (grouped("int4", format=F32), lambda w: replace(w, scales=(w.scales[0] * 1e-38,)), "normal range"),
+    (SCHEMES["fp8 block"], lambda w: replace(w, scales=(w.scales[0] * 1e-38,)), "normal range"),
 ])  # fmt: skip
 def test_values_that_its_arithmetic_does_not_hold_are_refused_when_they_are_read(
     seen: package.Seen, scheme: Scheme, change, words: str  # type: ignore[no-untyped-def]

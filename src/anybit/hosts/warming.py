@@ -6,18 +6,19 @@ disk; the process that measures then only reads it. What fails here fails again,
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Final
 
 from anybit.platforms import Platform
 from anybit.schemes import Scheme
 
-_LEAST: Final = 4  # tasks below which another process is not worth its start
+_LEAST: Final = 2  # tasks below which another process is not worth its start
 _MOST: Final = 16
 _COMPILED_ALREADY: Final = ("torch-dense", "torch-tiled")
 
@@ -37,7 +38,7 @@ def workers_for(tasks: int, asked: int | None = None) -> int:
     """How many processes: as asked, else as many as there are cores and work; 0 is none."""
     if asked is not None:
         return asked
-    return 0 if tasks < _LEAST else min(_MOST, tasks, os.cpu_count() or 1)
+    return 0 if tasks < _LEAST else min(_MOST, os.cpu_count() or 1)
 
 
 def tasks_of(
@@ -56,10 +57,22 @@ def tasks_of(
     return sorted(found, key=lambda task: -task.shape[0] * task.shape[1])
 
 
+def split(tasks: Sequence[Task], workers: int) -> list[Task]:
+    """The tasks by fewer numbers of tokens each, where there are fewer tasks than workers."""
+    size = max(1, math.ceil(max((len(task.tokens) for task in tasks), default=1) * len(tasks) / max(workers, 1)))
+    return [replace(task, tokens=tuple(part)) for task in tasks for part in batched(task.tokens, size)]
+
+
+def batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """`items`, so many at a time."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
 def warm(tasks: Sequence[Task], device: str, workers: int) -> None:
     """Compile the kernels of all tasks; returns when they are in the cache, or when the processes died."""
     if not tasks or not workers:
         return
+    tasks = split(tasks, workers)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         try:
             list(pool.map(_call_once, tasks, [device] * len(tasks)))

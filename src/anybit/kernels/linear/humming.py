@@ -17,42 +17,69 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from anybit.kernels.linear.triton_planes import expands_exactly
 from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.kernels.triton.recipes import ARITHMETIC, can_fake_quantize, can_quantize
 from anybit.numerics.formats import number_format
 from anybit.platforms import Platform
-from anybit.schemes import CHANNEL, TENSOR, ActivationSpec, ScaleLevel, Scheme
+from anybit.schemes import CHANNEL, TENSOR, ActivationSpec, Block, ScaleLevel, Scheme, group
 
 __all__ = ["SPEC", "Settings", "input_factor", "settings_of"]
 
 NAME: Final = "humming"
-ARCHS: Final = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")  # humming/tune
+ARCHS: Final = ("sm_90",)  # humming is made for all from sm_75; there its kernels are others, which we have not run
 DTYPES: Final = ("bfloat16", "float16")
 ROWS: Final = 128  # N is a multiple of it: the widest tile of a small product
-COLUMNS: Final = 64  # K likewise
+COLUMNS: Final = 128  # K likewise
 LOCKS: Final = 2048  # int32 that order the parts of a sum; zero between calls
 
 # our name of an element -> humming's; its integers are offset binary: ours plus half of the range where they are signed
 _ELEMENTS: Final[Mapping[str, str]] = {
-    **{f"int{bits}": f"uint{bits}" for bits in (2, 3, 4, 5, 6, 8)},
-    **{f"uint{bits}": f"uint{bits}" for bits in (2, 3, 4, 5, 6)},
+    **{f"int{bits}": f"uint{bits}" for bits in (2, 3, 4, 5, 6, 8)}, "uint3": "uint3", "uint4": "uint4",
     "fp4_e2m1": "float4e2m1", "fp6_e2m3": "float6e2m3", "fp6_e3m2": "float6e3m2",
     "fp8_e4m3fn": "float8e4m3", "fp8_e5m2": "float8e5m2",
 }  # fmt: skip
 _SMALL_SCALES: Final[Mapping[str, str]] = {"e8m0": "float8e8m0", "fp8_e4m3fn": "float8e4m3"}
 _WIDE_SCALES: Final = ("bfloat16", "float16", "float32")
-_GROUPS: Final = (16, 32, 64, 128, 256)
+_WIDE: Final = "wide"  # any of them: they are cast to the dtype of the activations
+
+
+class _Tried(NamedTuple):
+    """A kind of weight whose kernels ran on an H200, every result within its bound; others are refused.
+
+    scale   format of the scales, or _WIDE
+    blocks  what has one scale
+    halves  blocks that ran with float16 activations too
+    """
+
+    element: str
+    scale: str
+    blocks: tuple[Block, ...]
+    halves: tuple[Block, ...] = ()
+
+
+_TRIED: Final = (
+    *(_Tried(f"int{bits}", _WIDE, (group(128),)) for bits in (2, 3, 5, 6)),
+    _Tried("int4", _WIDE, (group(16), group(32), group(64), group(128), group(256)), (group(128),)),
+    _Tried("int8", _WIDE, (group(128), CHANNEL)),
+    _Tried("uint3", _WIDE, (group(64),)),
+    _Tried("uint4", _WIDE, (group(32), group(128)), (group(128),)),
+    _Tried("fp4_e2m1", "fp8_e4m3fn", (group(16),), (group(16),)),
+    _Tried("fp4_e2m1", "e8m0", (group(32),), (group(32),)),
+    _Tried("fp6_e2m3", "e8m0", (group(32),)),
+    _Tried("fp6_e3m2", "e8m0", (group(32),)),
+    _Tried("fp8_e4m3fn", "e8m0", (group(32),)),
+    _Tried("fp8_e4m3fn", _WIDE, (CHANNEL, TENSOR, (128, 128)), ((128, 128),)),
+    _Tried("fp8_e5m2", _WIDE, (CHANNEL,)),
+)
 _CODES: Final = "float8e4m3"  # of activations that are multiplied as codes
-_CODES_ARCHS: Final = tuple(arch for arch in ARCHS if arch not in ("sm_80", "sm_86"))  # with fp8 matrix instructions
 _GROUPS_BESIDE_CODES: Final = (32, 64, 128)
 _KINDS: Final[Mapping[str, str]] = {
     "embedding": "a lookup multiplies nothing",
     "experts": "experts would run one by one; another layout has all of a layer in one launch",
 }
-_ZERO_POINT_BITS: Final = 6  # wider codes less a zero point leave bfloat16
 
 
 @dataclass(frozen=True)
@@ -133,28 +160,27 @@ def _reasons_against(scheme: Scheme) -> Iterator[str]:
 
 def _scale_reasons(scheme: Scheme) -> Iterator[str]:
     first, *others = scheme.scales
-    is_float = number_format(scheme.element).kind == "float"
     if any(level.placement != "grid" for level in scheme.scales):
         yield "scales by position in the flattened matrix, or gathered"
     if first.divide:
         yield "scales that divide"
-    is_group = first.block[0] == 1 and first.block[1] in _GROUPS
-    if first.format in _SMALL_SCALES:
-        if not is_float:
-            yield f"{first.format} scales of integer codes"
-        if not is_group:
-            yield f"{first.format} scales of blocks {first.block}"
-    elif first.format not in _WIDE_SCALES:
-        yield f"scales of {first.format}"
-    elif not (is_group or first.block == CHANNEL or _is_float32_block(first)):
-        yield f"scales of blocks {first.block}"
-    if others and not (len(others) == 1 and _is_factor(others[0]) and is_group):
-        yield "a second level of scales that is not one float32 for the matrix above groups"
+    tried = _tried(scheme)
+    if tried is None or first.block not in tried.blocks:
+        yield f"{scheme.element} under scales of {first.format} by {first.block} has not been tried"
+    elif _is_float32(first) and first.format != "float32":
+        yield f"scales of {first.format} by {first.block}: humming keeps these in float32"
+    if others and not (len(others) == 1 and _is_factor(others[0]) and first.format == "fp8_e4m3fn"):
+        yield "a second level of scales that is not one float32 for the matrix above e4m3"
 
 
-def _is_float32_block(level: ScaleLevel) -> bool:
-    return level.format == "float32" and (level.block == TENSOR or (
-        level.block[0] % ROWS == 0 and level.block[0] > 0 and level.block[1] in _GROUPS and level.block[1] >= COLUMNS))
+def _tried(scheme: Scheme) -> _Tried | None:
+    kind = scheme.scales[0].format
+    kind = _WIDE if kind in _WIDE_SCALES else kind
+    return next((row for row in _TRIED if (row.element, row.scale) == (scheme.element, kind)), None)
+
+
+def _is_float32(level: ScaleLevel) -> bool:
+    return level.block == TENSOR or level.block[0] > 1
 
 
 def _is_factor(level: ScaleLevel) -> bool:
@@ -167,11 +193,10 @@ def _offset_reasons(scheme: Scheme) -> Iterator[str]:
         if form.kind == "uint":
             yield "unsigned codes without zero points"
         return
-    zero = number_format(offset.format)
-    if offset.kind != "zero_point" or not zero.is_integer or not form.is_integer:
-        yield "an offset that is not an integer zero point"
-    elif form.bits > _ZERO_POINT_BITS or offset.block != scheme.scales[0].block or offset.placement != "grid":
-        yield f"zero points of {form.bits} bit codes by blocks {offset.block}"
+    if offset.kind != "zero_point" or not number_format(offset.format).is_integer or form.kind != "uint":
+        yield "an offset that is not an integer zero point of unsigned codes"
+    elif offset.block != scheme.scales[0].block or offset.placement != "grid":
+        yield f"zero points by blocks {offset.block} beside scales by {scheme.scales[0].block}"
 
 
 def _activation_reasons(scheme: Scheme, spec: ActivationSpec | None) -> Iterator[str]:
@@ -202,40 +227,39 @@ def input_factor(spec: ActivationSpec | None) -> str:
 
 
 def can_implement(request: Request, platform: Platform) -> Verdict:
-    """Group, row, block and matrix scales on NVIDIA from sm_80, where humming is installed."""
+    """What was tried, on the architecture where it was, where humming is installed."""
     found = settings_of(request.scheme)
     reasons, size = (found, 0) if isinstance(found, tuple) else ((), found.group_size)
     n, k = request.shape[-2:]
     step = max(COLUMNS, size)
-    codes = isinstance(found, Settings) and bool(found.codes)
-    quantizes = request.scheme.activation is not None and not codes
     return gather(
-        *_chip_reasons(platform, _CODES_ARCHS if codes else ARCHS),
+        *_chip_reasons(platform),
         Reason("kind", _KINDS[request.kind], {"kind": request.kind}) if request.kind in _KINDS else None,
         *(Reason("scheme", text, {"scheme": str(request.scheme)}) for text in reasons),
         Reason("shape", f"N is a multiple of {ROWS} and K of {step}, this is {n} x {k}",
                {"wanted": [ROWS, step], "found": [n, k]}) if n % ROWS or k % step or not n * k else None,
         Reason("dtype", f"activations of {request.dtype}", {"wanted": list(DTYPES), "found": request.dtype})
         if request.dtype not in DTYPES else None,
-        Reason("dtype", "quantized activations are exact in bfloat16", {"wanted": "bfloat16", "found": request.dtype})
-        if quantizes and request.dtype == "float16" else None,
-        Reason("dtype", "sums before the scales of rows leave float16", {"wanted": "bfloat16", "found": request.dtype})
-        if request.dtype == "float16" and _is_by_row(request.scheme) else None,
+        Reason("dtype", f"{request.scheme.weight_name()} has not been tried with float16",
+               {"wanted": "bfloat16", "found": request.dtype})
+        if request.dtype == "float16" and not reasons and not _takes_halves(request.scheme) else None,
     )
 
 
-def _is_by_row(scheme: Scheme) -> bool:
-    return bool(scheme.scales) and scheme.scales[0].block == CHANNEL
+def _takes_halves(scheme: Scheme) -> bool:
+    """Tried with float16, which sums before scales of rows and values of quantized activations leave."""
+    tried = _tried(scheme)
+    return tried is not None and scheme.activation is None and scheme.scales[0].block in tried.halves
 
 
-def _chip_reasons(platform: Platform, archs: tuple[str, ...]) -> list[Reason]:
+def _chip_reasons(platform: Platform) -> list[Reason]:
     if platform.vendor != "nvidia":
         return [Reason("vendor", f"runs on NVIDIA, this is {platform.vendor} {platform.arch}",
                        {"wanted": "nvidia", "found": platform.vendor})]
     reasons = []
-    if platform.arch not in archs:
-        reasons.append(Reason("arch", f"made for {archs[0]} and later, this is {platform.arch}",
-                              {"wanted": list(archs), "found": platform.arch}))
+    if platform.arch not in ARCHS:
+        reasons.append(Reason("arch", f"tried on {', '.join(ARCHS)} only, this is {platform.arch}",
+                              {"wanted": list(ARCHS), "found": platform.arch}))
     if NAME not in platform.providers:
         reasons.append(Reason("provider", "humming-kernels is not installed", {"wanted": "humming-kernels"}))
     return reasons

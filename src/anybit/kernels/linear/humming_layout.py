@@ -17,6 +17,7 @@ from anybit.kernels.linear.tiled_torch import compact
 from anybit.numerics.codec import decode
 from anybit.numerics.formats import number_format
 from anybit.numerics.packing import PackedCodes, pack_stream, unpack_stream
+from anybit.schemes import TENSOR, ScaleLevel
 from anybit.weights import QuantizedWeight
 
 __all__ = ["codes_of", "plain_of", "scales_of", "unfit", "zeros_of"]
@@ -37,8 +38,8 @@ def unfit(weight: QuantizedWeight, settings: Settings, dtype: torch.dtype) -> st
         least, most = _EXPONENTS[dtype]
         if low < least or high > most:
             return f"powers of two from {low} to {high}, exact are {least} to {most}"
-    elif not scale_values_are_finite(first.format, scale, dtype):
-        return f"scales that are not finite, or leave {dtype}"
+    elif not _scales_hold(first, scale, dtype):
+        return f"scales that are not finite, or leave the normal range of {dtype}"
     form = number_format(weight.scheme.element)
     if form.kind == "float" and form.bits == 8 and not _codes_are_finite(weight):
         return "codes of infinities or NaN"
@@ -49,17 +50,20 @@ def unfit(weight: QuantizedWeight, settings: Settings, dtype: torch.dtype) -> st
     return None
 
 
-def scale_values_are_finite(format: str, scale: Tensor, dtype: torch.dtype) -> bool:
-    """True if every scale has a finite value in the dtype that humming keeps it in."""
-    if number_format(format).bits == 8:
-        return bool(decode(format, scale).isfinite().all())
-    return bool(scale.to(torch.float32 if scale.dtype == torch.float32 else dtype).isfinite().all())
+def _scales_hold(level: ScaleLevel, scale: Tensor, dtype: torch.dtype) -> bool:
+    """True if every scale is finite, and keeps its precision in the dtype that it is cast to."""
+    if number_format(level.format).bits == 8:
+        return bool(decode(level.format, scale).isfinite().all())
+    kept = scale if level.block == TENSOR else scale.to(dtype)
+    is_small = (kept.abs() < torch.finfo(kept.dtype).tiny) & (scale != 0)
+    return bool(kept.isfinite().all()) and (kept.dtype == scale.dtype or not bool(is_small.any()))
 
 
 def _codes_are_finite(weight: QuantizedWeight) -> bool:
-    special = ~decode(weight.scheme.element, torch.arange(256, dtype=torch.uint8)).isfinite()
-    table = special.to(weight.codes.device)
-    return not any(bool(table[part.long()].any()) for part in torch.split(weight.codes, 1024))
+    every = torch.arange(256, dtype=torch.uint8)
+    special = every[~decode(weight.scheme.element, every).isfinite()].tolist()
+    parts = torch.split(weight.codes, 1024)
+    return not any(bool((part == code).any()) for part in parts for code in special)
 
 
 def plain_of(weight: QuantizedWeight, settings: Settings, dtype: torch.dtype, factor: float) -> dict[str, Tensor]:

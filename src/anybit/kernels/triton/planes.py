@@ -40,6 +40,8 @@ PARTS: Final = ("plane_0", "plane_1", "plane_2", "scale", "scale_super", "zeros"
                 "table")
 _ACTIVATION: Final = "activation_"  # of the names of static activation tensors
 _NO_TENSORS: Final[Mapping[str, Tensor]] = MappingProxyType({})
+# torch's product takes up to six times as long (H200) where the rows that it writes are no multiples of 16 bytes
+_ALIGNED_OUTPUTS: Final = 8
 _PINNED_TOKENS: Final = 16  # the configuration of every M where a row's result must not depend on M
 _PINNED_CALL: Final = 256  # tokens of one launch there: each has parts of split-K
 # pieces of 8 significant bits that hold 24, 11 and 8 of them
@@ -254,12 +256,14 @@ class StoredPlanes(Launched):
         )  # fmt: skip
         return Call((tokens, rows), out_dtype, device, tokens, size, quantize, made, (tiles, config.split))
 
-    def _expanded_rows(self, start: int, count: int, dtype: torch.dtype, *, with_rows: bool) -> Tensor:
-        """Rows of the weight from `start` on, decoded: [count, K] in a 16-bit dtype."""
+    def _expanded_rows(
+        self, start: int, count: int, dtype: torch.dtype, *, with_rows: bool, room: int
+    ) -> Tensor:
+        """Rows of the weight from `start` on, decoded: [room, K] in a 16-bit dtype, those after `count` undefined."""
         from anybit.kernels.triton.planes_kernels import expand_kernel
 
         form, row, columns = self._packed.form, self._parts[8], self.shape[1]
-        out = torch.empty((count, columns), dtype=dtype, device=row.device)
+        out = torch.empty((room, columns), dtype=dtype, device=row.device)
         pitch, padded = self._pitch(), form.padded(columns)
         tile_rows, blocks = expansion(form)
         launch(
@@ -295,13 +299,14 @@ class StoredPlanes(Launched):
         if factors is not None and self._static_factor is not None:
             alpha, factors = alpha * self._static_factor, None
         step = max(64, SCRATCH_BYTES // (2 * max(k, 1)) // 64 * 64)
-        out = torch.empty((x.shape[0], n), dtype=out_dtype, device=x.device)
+        room = -(-n // _ALIGNED_OUTPUTS) * _ALIGNED_OUTPUTS
+        out = torch.empty((x.shape[0], room), dtype=out_dtype, device=x.device)
         for start in range(0, n, step):
-            count = min(step, n - start)
-            tile = self._expanded_rows(start, count, x.dtype, with_rows=not is_common)
-            part = None if bias is None else bias[start : start + count]
-            _product_into(out[:, start : start + count], x, tile, factors, part, alpha)
-        return out
+            count, wide = min(step, n - start), min(step, room - start)
+            tile = self._expanded_rows(start, count, x.dtype, with_rows=not is_common, room=wide)
+            part = None if bias is None else torch.nn.functional.pad(bias[start : start + count], (0, wide - count))
+            _product_into(out[:, start : start + wide], x, tile, factors, part, alpha)
+        return out if room == n else out[:, :n].contiguous()
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight's rows [.., K] for integer `index` [..]."""
