@@ -143,7 +143,10 @@ def compile_case(case: CompileCase) -> Row:
         for i, n in enumerate(names)
         if n not in constants and (case.types[n].startswith("*") or n in case.divisible)
     }
-    source = ASTSource(kernel, signature, constexprs={(names.index(n),): v for n, v in constants.items()},
+    source_of: Any = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source_of
+    source = source_of(kernel, signature, constexprs={(names.index(n),): v for n, v in constants.items()},
                        attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
     compiled = triton.compile(source, target=target, options=options)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import anybit
 from anybit.errors import DeviceProblem, Unsupported
 from anybit.hosts import preparing
 from anybit.hosts.preparing import Preparing
@@ -28,6 +29,10 @@ WEIGHT = sample_weight(INT4, (256, 512))
 def plan(*kernels: str, **policy: Any) -> Any:
     platform = replace(named("h200"), providers=frozenset({"torch", "triton", "humming"}))
     return SimpleNamespace(platform=platform, policy=Policy(**policy), kernels=kernels)
+
+
+def preparing_of(made: Any) -> Preparing:
+    return Preparing(made.platform, made.policy, torch.bfloat16, is_named=bool(made.kernels))
 
 
 def first(made: Any) -> Choice:
@@ -62,14 +67,15 @@ def test_the_next_best_layout_takes_over_and_says_so(tried: Any) -> None:
     seen = tried(DeviceProblem("kernels do not build", found="nvcc: not found"))
     made = plan()
     with pytest.warns(UserWarning, match=r"humming is left out for int4.* \(nvcc: not found\)"):
-        assert Preparing(made, torch.bfloat16)(first(made), WEIGHT, ASKED) == "triton-planes"
+        stored, choice = preparing_of(made)(first(made), WEIGHT, ASKED)
+    assert stored == choice.layout == "triton-planes"
     assert seen == ["humming", "triton-planes"]
 
 
 def test_a_fault_of_the_device_is_met_once(tried: Any) -> None:
     seen = tried(DeviceProblem("kernels do not build"))
     made = plan()
-    prepare = Preparing(made, torch.bfloat16)
+    prepare = preparing_of(made)
     with pytest.warns(UserWarning, match="humming"):
         prepare(first(made), WEIGHT, ASKED)
     with warnings.catch_warnings():
@@ -81,7 +87,7 @@ def test_a_fault_of_the_device_is_met_once(tried: Any) -> None:
 def test_values_of_one_weight_say_nothing_of_the_next(tried: Any) -> None:
     seen = tried(Unsupported("its arithmetic does not hold this weight"))
     made = plan()
-    prepare = Preparing(made, torch.bfloat16)
+    prepare = preparing_of(made)
     for _ in range(2):
         with pytest.warns(UserWarning, match="humming"):
             prepare(first(made), WEIGHT, ASKED)
@@ -92,7 +98,7 @@ def test_a_kernel_that_was_asked_for_fails_with_its_own_error(tried: Any) -> Non
     seen = tried(DeviceProblem("kernels do not build"))
     made = plan("linear=humming")
     with pytest.raises(DeviceProblem, match="do not build"):
-        Preparing(made, torch.bfloat16)(first(made), WEIGHT, ASKED)
+        preparing_of(made)(first(made), WEIGHT, ASKED)
     assert seen == ["humming"]
 
 
@@ -101,6 +107,25 @@ def test_a_strict_plan_stays_strict(tried: Any) -> None:
     made = plan(strict=True)
     choice = first(plan())
     with pytest.warns(UserWarning, match="humming"):
-        Preparing(made, torch.bfloat16)(choice, WEIGHT, ASKED)
+        preparing_of(made)(choice, WEIGHT, ASKED)
     found = choose(ASKED, made.platform, policy=made.policy)
     assert isinstance(found, Choice) and "triton-expand" not in found.names.values()
+
+
+def test_a_single_layer_takes_the_next_best_too_and_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(64, 128)
+    usual = anybit.linear(weight, "int4_g32", dtype=torch.float32)
+    real = preparing.implementation
+
+    def without_it(spec: Any) -> Any:
+        if spec.layout != usual.choice.layout:
+            return real(spec)
+        raise DeviceProblem("kernels do not build")
+
+    monkeypatch.setattr(preparing, "implementation", without_it)
+    with pytest.warns(UserWarning, match="is left out for int4"):
+        made = anybit.linear(weight, "int4_g32", dtype=torch.float32)
+    assert made.choice.layout != usual.choice.layout
+    x = torch.randn(3, 128)
+    # both add 128 products in float32, in different orders
+    assert torch.allclose(made(x), usual(x), rtol=0, atol=2 * 128 * 2.0**-24 * float((x.abs() @ weight.abs().T).max()))

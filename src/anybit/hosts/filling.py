@@ -155,7 +155,8 @@ class Filler:
     _read_bytes: int = 0
 
     def __post_init__(self) -> None:
-        self._preparing = Preparing(self.plan, self.dtype)
+        plan = self.plan
+        self._preparing = Preparing(plan.platform, plan.policy, self.dtype, is_named=bool(plan.kernels))
 
     def fill(self, *, with_plain: bool = True) -> None:
         """Install everything; without `with_plain` only modules of ours (transformers loaded the rest)."""
@@ -216,7 +217,7 @@ class Filler:
                                   found=str(weight.scheme), wanted=str(unit.scheme))
         assert isinstance(choice, Choice)
         asked = Request(unit.kind, weight.scheme, tuple(weight.shape), unit.dtype)
-        return self._preparing(choice, weight.to(device), asked)
+        return self._preparing(choice, weight.to(device), asked)[0]
 
     def _install_unit(self, paths: tuple[str, ...]) -> bool:
         """Layers that read the same input as one product, where their kernel stores them so; False: one by one."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from anybit.errors import Inconsistent, Unsupported
 from anybit.hosts.modules import AnybitLinear
-from anybit.kernels.catalogue import implementation
+from anybit.hosts.preparing import Preparing
+from anybit.kernels.catalogue import Stored
 from anybit.kernels.product import product_of
 from anybit.kernels.request import Regime, Request
 from anybit.planning import measured
@@ -32,12 +33,8 @@ class Linear(AnybitLinear):
     choice  the plan's choice for this layer: layout, kernels by number of tokens, prices, all refusals with reasons
     """
 
-    def __init__(
-        self, weight: Weight, choice: Choice, dtype: torch.dtype, device: torch.device, *, pinned: bool
-    ) -> None:
-        """The weight in the layout of `choice`, on `device`."""
-        prepare = implementation(choice.spec).prepare
-        stored = prepare(weight, dtype, choice.names, pinned=True) if pinned else prepare(weight, dtype, choice.names)
+    def __init__(self, weight: Weight, stored: Stored, choice: Choice, device: torch.device) -> None:
+        """The weight, stored in the layout of `choice`, on `device`."""
         super().__init__(product_of(weight, stored, device))
         self.choice = choice
 
@@ -81,12 +78,14 @@ def linear(
     platform, known = _here(str(where))
     name = str(dtype).removeprefix("torch.")
     policy = known.policy(name, strict=strict, batch_invariant=batch_invariant)
-    choice = choose(Request("linear", made.scheme, tuple(made.shape), name), platform, kernel, policy)
+    asked = Request("linear", made.scheme, tuple(made.shape), name)
+    choice = choose(asked, platform, kernel, policy)
     if not isinstance(choice, Choice):
         reasons = dict.fromkeys(f"{r.kernel}: {reason.text}" for r in choice for reason in r.reasons)
         raise Unsupported("no kernel runs this layer here", found="; ".join(reasons), wanted=str(made.scheme),
                           remedy="another dtype or device, or without strict and batch_invariant")
-    return Linear(made, choice, dtype, where, pinned=batch_invariant)
+    stored, choice = Preparing(platform, policy, dtype, is_named=kernel is not None)(choice, made, asked)
+    return Linear(made, stored, choice, where)
 
 
 @lru_cache(maxsize=16)

@@ -15,8 +15,8 @@ import torch
 from anybit.errors import DeviceProblem, Unsupported
 from anybit.kernels.catalogue import Stored, implementation
 from anybit.kernels.request import Request
-from anybit.planning.choose import Choice, choose
-from anybit.planning.plan import Plan
+from anybit.planning.choose import Choice, Policy, choose
+from anybit.platforms import Platform
 from anybit.weights import Weight
 
 __all__ = ["Preparing"]
@@ -27,24 +27,29 @@ _Failed = dict[tuple[str, str], str]  # (kernel, printed scheme) -> what was wro
 
 @dataclass
 class Preparing:
-    """Prepares weights for a plan; remembers which kernels the device cannot make for which schemes."""
+    """Prepares weights as they were chosen; remembers which kernels the device cannot make for which schemes.
 
-    plan: Plan
+    is_named  a kernel was asked for by name
+    """
+
+    platform: Platform
+    policy: Policy
     dtype: torch.dtype
+    is_named: bool = False
     _failed: _Failed = field(default_factory=dict)
 
-    def __call__(self, choice: Choice, weight: Weight, asked: Request) -> Stored:
+    def __call__(self, choice: Choice, weight: Weight, asked: Request) -> tuple[Stored, Choice]:
         """The weight, on its device, as `choice` stores it, or the choice after it; `asked` is what it was made for."""
         failed = dict(self._failed)
         if failed.keys() & _named(choice, asked):
             choice = self._following(asked, failed) or choice
         while True:
             try:
-                return self._stored(choice, weight)
+                return self._stored(choice, weight), choice
             except (DeviceProblem, Unsupported) as problem:
                 found = dict.fromkeys(_named(choice, asked), problem.problem)
                 failed |= found
-                following = None if self.plan.kernels else self._following(asked, failed)
+                following = None if self.is_named else self._following(asked, failed)
                 if following is None:
                     raise
                 if isinstance(problem, DeviceProblem):  # holds for every layer of the scheme, a weight's values do not
@@ -55,14 +60,14 @@ class Preparing:
 
     def _stored(self, choice: Choice, weight: Weight) -> Stored:
         prepare = implementation(choice.spec).prepare
-        if self.plan.policy.batch_invariant:
+        if self.policy.batch_invariant:
             return prepare(weight, self.dtype, choice.names, pinned=True)
         return prepare(weight, self.dtype, choice.names)
 
     def _following(self, asked: Request, failed: _Failed) -> Choice | None:
-        """The choice without what failed, under the plan's own policy."""
-        policy = replace(self.plan.policy, disproved={**self.plan.policy.disproved, **failed})
-        found = choose(asked, self.plan.platform, policy=policy)
+        """The choice without what failed, under the same policy."""
+        policy = replace(self.policy, disproved={**self.policy.disproved, **failed})
+        found = choose(asked, self.platform, policy=policy)
         return found if isinstance(found, Choice) else None
 
 

@@ -2,6 +2,10 @@
 
 x is quantized by our own kernel, so codes are those of the recipe; torch multiplies them. What torch refuses (shapes
 that are not multiples of 16, few rows for int8, scales that change along K) is refused here, beforehand. Torch-free.
+
+fp8 is multiplied without "fast accumulation", which leaves all sums of a row in Hopper's own adder. That one truncates
+to about 13 bits: on an H200 products of positive numbers lost 7 % at K = 4096, 21 % at 14336, 33 % at 28672, and the
+error of normal ones grew from 2.1e-3 to 4.7e-3. Promoted every 128 products it is 1.7e-3, bfloat16's own.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ _SCALED_MM_ARCHS: Final[Mapping[str, str]] = {
 _INT_MM_ARCHS: Final = ("sm_80", "sm_86", "sm_89", "sm_90")
 _LAUNCH_SECONDS: Final = 5e-6
 # share of bandwidth and of the matrix rate that these reached on an H200 (planning/priors)
-_SCALED_REACHED: Final = (0.55, 0.60)
+_SCALED_REACHED: Final = (0.55, 0.67)
 _INT_REACHED: Final = (0.50, 0.37)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
+from anybit.kernels.linear.triton_w8a8_hopper import hopper_cases, takes
 from anybit.kernels.linear.triton_w8a8_tiles import (
     FP8_EXACT_NAME,
     FP8_NAME,
@@ -43,6 +44,9 @@ _REACHED: Final[Mapping[str, tuple[float, float]]] = {
     INT8_NAME: (0.90, 0.60), FP8_NAME: (0.90, 0.48), FP8_EXACT_NAME: (0.50, 0.36),
 }
 _IN_BLOCKS: Final[Mapping[str, float]] = {INT8_NAME: 0.7, FP8_NAME: 0.90, FP8_EXACT_NAME: 0.45}  # of the latter
+# the same of the kernel whose warps have different work (sm_90)
+_ROLES_REACHED: Final[Mapping[str, tuple[float, float]]] = {INT8_NAME: (0.90, 0.72), FP8_NAME: (0.90, 0.64)}
+_ROLES_IN_BLOCKS: Final = 0.93
 _QUANTIZE_SECONDS: Final = 3e-6
 _LAUNCH_SECONDS: Final = 3.5e-6
 
@@ -159,9 +163,10 @@ def _seconds(name: str, request: Request, platform: Platform) -> float:
     rate = half if given is None or given.kind == "float16" else rates.get("int8" if given.kind == "int8" else "fp8",
                                                                            half)
     alike = FP8_EXACT_NAME if given is not None and given.kind == "float16" else name
-    of_bandwidth, of_rate = _REACHED[alike]
+    has_roles = platform.arch == "sm_90" and product is not None and given is not None and takes(product, given)
+    of_bandwidth, of_rate = _ROLES_REACHED[alike] if has_roles else _REACHED[alike]
     if product is not None and (product.x_group or product.w_group):
-        of_rate *= _IN_BLOCKS[alike]  # scaled sums wait for the matrix unit
+        of_rate *= _ROLES_IN_BLOCKS if has_roles else _IN_BLOCKS[alike]  # scaled sums wait for the matrix unit
     read = n * k / max(platform.bandwidth * of_bandwidth, 1e9)
     is_by_call = product is not None and can_quantize(product.activation) is None \
         and statistic_of(product.activation).startswith("call")
@@ -213,7 +218,8 @@ def _spec(name: str, layout: str, elements: tuple[str, ...], about: str, *, exac
         name=name, layout=layout, implementation="anybit.kernels.triton.w8a8:Rows8", can_implement=can_implement,
         seconds=seconds, stored_bytes=stored_bytes, about=about, executes=exactly if exact else executes,
         rounds=nothing if exact or name == INT8_NAME else fp8_rounds, workspace=_workspace,
-        is_batch_invariant=True, cases=lambda arch: [case for case in compile_cases(arch) if case.kernel == name],
+        is_batch_invariant=True,
+        cases=lambda arch: [c for c in (*compile_cases(arch), *hopper_cases(arch)) if c.kernel == name],
     )
 
 

@@ -13,17 +13,17 @@ from functools import lru_cache
 from typing import Final
 
 from anybit.kernels.compiling import CompileCase
+from anybit.kernels.linear.quantizer_cases import quantizer_cases
 from anybit.kernels.linear.triton_endings import epilogue_case
 from anybit.kernels.linear.triton_experts import experts8_case
-from anybit.kernels.triton import recipes
 from anybit.kernels.triton.recipes import ARITHMETIC
 from anybit.platforms.archs import ARCHS
 from anybit.schemes import ActivationSpec, Scheme
 
 __all__ = [
-    "FP8_EXACT_NAME", "FP8_NAME", "INT8_NAME", "PAD", "UNITS", "Config", "Operands", "Product8", "column_block",
-    "compile_cases", "configure", "constants_of", "expected_instruction", "has_zero_points", "is_shifted",
-    "of_experts", "operands", "product_of",
+    "CASES", "FP8_EXACT_NAME", "FP8_NAME", "INT8_NAME", "PAD", "UNITS", "Config", "Operands", "Product8",
+    "column_block", "compile_cases", "configure", "constants_of", "expected_instruction", "has_zero_points",
+    "is_shifted", "of_experts", "operands", "product_of",
 ]
 
 INT8_NAME: Final = "triton-w8a8-int8"
@@ -267,7 +267,7 @@ _INSTRUCTIONS: Final[Mapping[tuple[str, str], str]] = {  # (architecture's famil
     ("gfx9", "float16"): r"v_mfma_f32_\w*f16", ("gfx1", "int8"): r"v_wmma_i32_\w*iu8",
     ("gfx1", "fp8"): r"v_wmma_f32_\w*(fp8|bf8)", ("gfx1", "float16"): r"v_wmma_f32_\w*f16",
 }
-_CASES: Final[tuple[tuple[str, Product8], ...]] = (
+CASES: Final[tuple[tuple[str, Product8], ...]] = (
     ("int8 token", Product8("int8", ActivationSpec("int8", True, "token", "int8_token"))),
     ("int8 token asymmetric", Product8("int8", ActivationSpec("int8", True, "token", "int8_token_asym",
                                                               symmetric=False))),
@@ -303,7 +303,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
     if arch not in UNITS:
         return []
     cases = []
-    for label, product in _CASES:
+    for label, product in CASES:
         for exact in (False, True):
             given = operands(product, arch, exact=exact)
             if given is None or (exact and (product.is_integer or not operands(product, arch).promote)):  # type: ignore[union-attr]
@@ -323,8 +323,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
                 config = of_experts(configure(4096, 14336, m, arch, product, given))
                 cases.append(experts8_case(_case(name, f"{label} M={m}", arch, product, given, config, 14336)))
     for name, integer in ((INT8_NAME, True), (FP8_NAME, False)):
-        specs = {label: product.activation for label, product in _CASES if product.is_integer == integer}
-        cases += recipes.compile_cases(name, arch, specs)
+        cases += quantizer_cases(name, arch, integer=integer)
         cases.append(epilogue_case(name, arch, integer=integer))
     return cases
 

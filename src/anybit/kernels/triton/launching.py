@@ -25,7 +25,10 @@ from anybit.kernels.triton.devices import on_device
 from anybit.kernels.triton.straight import READ, straight, version
 from anybit.kernels.triton.zeros import zeros_for
 
-__all__ = ["ALIGNED", "Call", "Described", "Launch", "Piece", "Quantizing", "Zeros", "launch", "remember", "stream_of"]
+__all__ = [
+    "ALIGNED", "Call", "Described", "Launch", "Piece", "Quantizing", "Zeros", "described", "launch", "remember",
+    "stream_of",
+]
 
 ALIGNED: Final = 128  # bytes: where pieces of a scratch begin; more than any access wants
 _MOST_CALLS: Final = 64  # that a weight remembers: a few kilobytes each, of hundreds of weights
@@ -45,11 +48,12 @@ class Piece(NamedTuple):
 
 
 class Described(NamedTuple):
-    """A piece given as a tensor descriptor: its shape, and the block that one access takes."""
+    """A piece given as a tensor descriptor: its shape, the block that one access takes, and for Gluon its layout."""
 
     piece: Piece
     shape: tuple[int, int]
     block: tuple[int, int]
+    layout: Any = None
 
 
 class Zeros(NamedTuple):
@@ -237,11 +241,20 @@ def _piece(scratch: Tensor | None, piece: Piece) -> Tensor:
 
 
 def _described(scratch: Tensor | None, argument: Described) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     rows, columns = argument.shape
     tensor = _piece(scratch, argument.piece)[: rows * columns].view(rows, columns)
-    return TensorDescriptor.from_tensor(tensor, list(argument.block))
+    return described(tensor, argument.block, argument.layout)
+
+
+def described(tensor: Tensor, block: tuple[int, int], layout: Any = None) -> Any:
+    """A tensor [rows, columns] as a tensor descriptor; with a layout of shared memory as one of Gluon."""
+    if layout is not None:
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+        return GluonDescriptor.from_tensor(tensor, list(block), layout)
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(tensor, list(block))
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------

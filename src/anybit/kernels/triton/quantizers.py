@@ -26,9 +26,11 @@ from anybit.kernels.triton.recipes import (
     Arithmetic,
     Spec,
     constants_of,
+    edges,
     element_of,
     group_launch,
     has_native_e4m3,
+    is_heavy,
     reads_row,
     row_launch,
     statistic_of,
@@ -37,6 +39,7 @@ from anybit.numerics.scales import quotient
 
 __all__ = ["Form", "Quantized", "Quantizer", "QuantizerPlan", "fake_quantize", "quantize"]
 
+_FOLLOWING_ROWS: Final = 64
 _NONE: Final[Mapping[str, Tensor]] = MappingProxyType({})
 
 
@@ -263,7 +266,7 @@ class QuantizerPlan:
         zero = self._place("zero_point", torch.int32, rows) if quantizer.has_zero_point else None
         sums = self._place("sums", torch.int32, rows) if quantizer._sums else None
         columns = max(k, quantizer.columns)
-        block, part, warps = row_launch(columns, rows, is_shared=sums is None)
+        block, part, warps = row_launch(columns, rows, is_shared=sums is None, is_heavy=is_heavy(spec))
         given = quantizer._given_dtype(x)
         values = quantizer._values is not None
         zero_point = quantizer._zero_point
@@ -276,8 +279,9 @@ class QuantizerPlan:
              "STATISTIC": quantizer._statistic, "HAS_GIVEN": given is not None, "HAS_ZERO": zero_point is not None,
              "VALUES": values, "FNUZ": quantizer._fnuz, "NATIVE": quantizer._is_native(arch_of(x.device)),
              "SUMS": sums is not None, "WHOLE": columns <= block and not part, "BK": block, "PART": part,
-             "LEADS": leads},
-            x.device, num_warps=warps, enable_fp_fusion=False,
+             **edges(k, quantizer.columns, max(block, part)), "LEADS": leads,
+             "FOLLOWS": _follows(x)},
+            x.device, num_warps=warps, enable_fp_fusion=False, **({"launch_pdl": True} if _follows(x) else {}),
         )  # fmt: skip
         return made, (rows, -(-quantizer.columns // part) if part else 1)
 
@@ -299,10 +303,16 @@ class QuantizerPlan:
              "SCALE_CODES": codes is not None, "OUTER": outer is not None, "VALUES": quantizer._values is not None,
              "OWN": own, "PACKED": quantizer._packed, "FNUZ": quantizer._fnuz,
              "NATIVE": quantizer._is_native(arch_of(x.device)), "SIZE": spec.group_size, "GS": padded,
-             "BG": at_a_time, "LEADS": leads},
-            x.device, num_warps=warps, enable_fp_fusion=False,
+             "BG": at_a_time, **edges(k, quantizer.columns, at_a_time * padded * (padded == spec.group_size)),
+             "LEADS": leads, "FOLLOWS": _follows(x)},
+            x.device, num_warps=warps, enable_fp_fusion=False, **({"launch_pdl": True} if _follows(x) else {}),
         )  # fmt: skip
         return made, (rows, -(-groups // at_a_time))
+
+
+def _follows(x: Tensor) -> bool:
+    """True where the launch may overlap the end of the kernel before it: it counts for a few rows."""
+    return x.shape[0] <= _FOLLOWING_ROWS and arch_of(x.device) == "sm_90"
 
 
 def _largest(x: Tensor) -> Tensor:

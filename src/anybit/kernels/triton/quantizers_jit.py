@@ -12,6 +12,8 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 _HALF_ULP_IS_ONE_HALF = tl.constexpr(8388608.0)  # 2^23: a float32 of at least this is an integer
+_ULP_IS_ONE = tl.constexpr(12582912.0)  # 1.5 * 2^23: sums with |v| <= 2^22 round v to an integer, which their bits show
+_ULP_IS_ONE_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
@@ -24,10 +26,16 @@ def rint(v):
 
 
 @triton.jit
+def near_integer(v):
+    """Nearest integer, ties to even, as int32, for |v| <= 2^22."""
+    return (v + _ULP_IS_ONE).to(tl.int32, bitcast=True) - _ULP_IS_ONE_BITS
+
+
+@triton.jit
 def encode_integer(v, MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr):
-    """Saturating integer codes as float32; NaN becomes 0."""
+    """Saturating integer codes as int32; NaN becomes 0."""
     v = tl.where(v == v, v, 0.0)
-    return rint(tl.minimum(tl.maximum(v, MINIMUM), MAXIMUM))
+    return near_integer(tl.minimum(tl.maximum(v, MINIMUM), MAXIMUM))
 
 
 @triton.jit
@@ -68,6 +76,21 @@ def encode_float(v, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr, MAXIMUM: tl.
 
 
 @triton.jit
+def round_float(v, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr, MAXIMUM: tl.constexpr):
+    """Value (float32) of the nearest small float, saturating, as encode_float gives it with its code; NaN stays NaN.
+
+    1.5 * 2^(E + 23 - MANTISSA) added and taken away rounds to multiples of 2^(E - MANTISSA).
+    """
+    v = tl.minimum(tl.maximum(v, -MAXIMUM, propagate_nan=tl.PropagateNan.ALL), MAXIMUM,
+                   propagate_nan=tl.PropagateNan.ALL)
+    bits = v.to(tl.int32, bitcast=True)
+    step = tl.maximum(bits & 0x7F800000, (SMALLEST + 127) << 23) + (((23 - MANTISSA) << 23) | 0x400000)
+    step = step.to(tl.float32, bitcast=True)
+    value = (v + step) - step
+    return (value.to(tl.int32, bitcast=True) | (bits & -2147483648)).to(tl.float32, bitcast=True)  # -0 stays -0
+
+
+@triton.jit
 def encode(v, zero_point, IS_INTEGER: tl.constexpr, IS_SHIFTED: tl.constexpr, MANTISSA: tl.constexpr,
            SMALLEST: tl.constexpr, MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr, BITS: tl.constexpr,
            NAN_CODE: tl.constexpr):
@@ -77,8 +100,8 @@ def encode(v, zero_point, IS_INTEGER: tl.constexpr, IS_SHIFTED: tl.constexpr, MA
             code = encode_shifted(v, zero_point, MINIMUM, MAXIMUM)
             value = (code - zero_point).to(tl.float32)
         else:
-            value = encode_integer(v, MINIMUM, MAXIMUM)
-            code = value.to(tl.int32)
+            code = encode_integer(v, MINIMUM, MAXIMUM)
+            value = code.to(tl.float32)
     else:
         code, value = encode_float(v, MANTISSA, SMALLEST, MAXIMUM, BITS, NAN_CODE)
     return code, value
@@ -252,16 +275,34 @@ def largest_of_row(row, K, BK: tl.constexpr):
 
 
 @triton.jit
-def corrected_quotient(x, y, r):
+def wider(low, high, other_low, other_high):
+    """The range of two ranges; NaN where either has one."""
+    return (tl.minimum(low, other_low, propagate_nan=tl.PropagateNan.ALL),
+            tl.maximum(high, other_high, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def corrected_quotient(x, y, r, STEPS: tl.constexpr):
     """x / y, correctly rounded, for r = 1 / y correctly rounded and 2^-100 < |y| < 2^120: two Newton steps.
 
     Those of a division in software, which finds r for each x again. Beyond float32's range, and for infinite x, the
     first product is the answer; where remainders are subnormal the quotient is far below any code's half step.
+    One step is off by less than 2^-22 units in the last place before it is rounded. So a code could only be wrong
+    beside a boundary of codes, which has 9 bits at most. The x of 11 bits (16 bit floats) and y that come so near to
+    one are counted in tests/kernels/test_triton_quantizers.py: none goes wrong.
     """
     first = x * r
-    q = tl.fma(tl.fma(-first, y, x), r, first)
-    q = tl.fma(tl.fma(-q, y, x), r, q)
+    q = first
+    for _ in tl.static_range(STEPS):
+        q = tl.fma(tl.fma(-q, y, x), r, q)
     return tl.where((tl.abs(first) < 1e38) & (first != 0), q, first)  # -0 keeps its sign
+
+
+@triton.jit
+def read_row(row, column, K, EVEN: tl.constexpr):
+    """Values of a row as float32, zeros beyond K."""
+    x = tl.load(row + column) if EVEN else tl.load(row + column, mask=column < K, other=0.0)
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -272,16 +313,21 @@ def quantize_rows(
     IS_INTEGER: tl.constexpr, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr, EMAX: tl.constexpr, TOP: tl.constexpr,
     MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr, BITS: tl.constexpr, NAN_CODE: tl.constexpr,
     VALUES: tl.constexpr, FNUZ: tl.constexpr, NATIVE: tl.constexpr, SUMS: tl.constexpr, WHOLE: tl.constexpr,
-    BK: tl.constexpr, PART: tl.constexpr, LEADS: tl.constexpr,
+    BK: tl.constexpr, PART: tl.constexpr, EVEN: tl.constexpr, PADDED: tl.constexpr, LEADS: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
     """Rows of x [M, K] to codes [M, KP] (columns beyond K: code 0) with a scale, and a zero point, for each row.
 
     VALUES: instead of codes the values without scale, in the dtype of `out`. A program reads its whole row for the
     statistic, and writes PART columns of it, or with PART 0 all.
     SUMS: the sums of integer codes as well. WHOLE: a row is one block, read once.
+    EVEN: KP is K, a multiple of BK and of PART. PADDED: KP is not K.
     STATISTIC "given": the largest magnitude (or, shifted, the two ends) of the call stand in `given`.
     LEADS: the next kernel may be launched at once; it waits for this one itself.
+    FOLLOWS: launched while the kernel before it ends, which it waits for here (programmatic dependent launch).
     """
+    if FOLLOWS:
+        tl.extra.cuda.gdc_wait()
     if LEADS:
         tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(0)
@@ -290,33 +336,32 @@ def quantize_rows(
     if HAS_GIVEN:
         given = tl.load(given_ptr).to(tl.float32)
 
+    LOOKED: tl.constexpr = STATISTIC == "absmax" or STATISTIC == "range" or (RULE == "static" and IS_INTEGER)
     largest = tl.zeros((BK,), tl.int32)
     low = tl.full((BK,), float("inf"), tl.float32)
     high = tl.full((BK,), float("-inf"), tl.float32)
-    is_bad = tl.zeros((BK,), tl.int32)
-    held = tl.load(row + tl.arange(0, BK), mask=tl.arange(0, BK) < K, other=0.0).to(tl.float32) if WHOLE else low
-    for k in range(0, BK if WHOLE else K, BK):
-        column = k + tl.arange(0, BK)
-        x = held if WHOLE else tl.load(row + column, mask=column < K, other=0.0).to(tl.float32)
-        if STATISTIC == "absmax":
-            largest = tl.maximum(largest, magnitude_bits(x))
-        else:
-            is_bad |= (x != x).to(tl.int32)
-        if STATISTIC == "range":
-            counts = (column < K) & (x == x)
-            low = tl.minimum(low, tl.where(counts, x, float("inf")))
-            high = tl.maximum(high, tl.where(counts, x, float("-inf")))
-    bad = tl.max(is_bad, 0) > 0
-    most = tl.max(largest, 0)
-    if STATISTIC == "absmax":
-        bad = most > 0x7F800000
-        most = tl.where(bad, 0, most)
+    held = low
+    if WHOLE:
+        held = read_row(row, tl.arange(0, BK), K, EVEN)
+    if LOOKED:
+        for k in range(0, BK if WHOLE else K, BK):
+            column = k + tl.arange(0, BK)
+            x = held if WHOLE else read_row(row, column, K, EVEN)
+            if STATISTIC == "range":
+                low = tl.minimum(low, x if EVEN else tl.where(column < K, x, float("inf")),
+                                 propagate_nan=tl.PropagateNan.ALL)
+                high = tl.maximum(high, x if EVEN else tl.where(column < K, x, float("-inf")),
+                                  propagate_nan=tl.PropagateNan.ALL)
+            else:
+                largest = tl.maximum(largest, magnitude_bits(x))
 
     zero_point = 0
+    bad = False
     if STATISTIC == "range":
-        lowest = tl.where(bad, 0.0, tl.min(low, 0))
-        scale, factor, zero_point = range_scale(lowest, tl.where(bad, 0.0, tl.max(high, 0)), RULE, MINIMUM, MAXIMUM,
-                                                FLOOR)
+        lowest, highest = tl.reduce((low, high), 0, wider)
+        bad = (lowest != lowest) | (highest != highest)
+        scale, factor, zero_point = range_scale(tl.where(bad, 0.0, lowest), tl.where(bad, 0.0, highest), RULE, MINIMUM,
+                                                MAXIMUM, FLOOR)
     elif STATISTIC == "call_range":
         highest = tl.load(given_ptr + 1).to(tl.float32)
         bad = (given != given) | (highest != highest)
@@ -325,10 +370,15 @@ def quantize_rows(
     elif STATISTIC == "call_absmax":
         bad = given != given
         scale, factor, _own, _code = scale_of(tl.where(bad, 0.0, given), 0.0, RULE, EXPONENT, DIVIDE, BOUND, MANTISSA,
-                                            MINIMUM, MAXIMUM, EMAX, TOP)
+                                              MINIMUM, MAXIMUM, EMAX, TOP)
     else:
+        most = 0
+        if LOOKED:
+            most = tl.max(largest, 0)
+        bad = most > 0x7F800000
+        most = tl.where(bad, 0, most)
         scale, factor, _own, _code = scale_of(most.to(tl.float32, bitcast=True), given, RULE, EXPONENT, DIVIDE, BOUND,
-                                            MANTISSA, MINIMUM, MAXIMUM, EMAX, TOP)
+                                              MANTISSA, MINIMUM, MAXIMUM, EMAX, TOP)
     if RULE == "static":  # integer codes cannot hold NaN: the row's scale does; floats hold it themselves
         if IS_INTEGER:
             scale = tl.where(bad, float("nan"), scale)
@@ -349,31 +399,44 @@ def quantize_rows(
     start = tl.program_id(1) * PART
     reciprocal = tl.div_rn(1.0, factor) if DIVIDE else factor
     is_tame = (tl.abs(factor) > 7.9e-31) & (tl.abs(factor) < 1.3e36)
+    is_near = False
+    if STATISTIC == "range":  # what a row's own factor makes of it lies near the zero point, as a rule within 2^20
+        is_near = (tl.abs(zero_point) < 1048576) & (factor < float("inf")) & (scale < float("inf"))
     for k in range(start, start + STEP if WHOLE or PART > 0 else KP, STEP):
         column = k + tl.arange(0, STEP)
-        x = held if WHOLE else tl.load(row + column, mask=column < K, other=0.0).to(tl.float32)
+        x = held if WHOLE else read_row(row, column, K, EVEN)
         if not DIVIDE:
             v = x * factor
         elif is_tame:
-            v = corrected_quotient(x, factor, reciprocal)
+            v = corrected_quotient(x, factor, reciprocal, 2 if x_ptr.dtype.element_ty == tl.float32 else 1)
         else:
             v = tl.div_rn(x, tl.where(x == x, factor, factor))
-        if NATIVE and not VALUES:
-            clamped = tl.where(v == v, tl.minimum(tl.maximum(v, MINIMUM), MAXIMUM), v)
-            codes = clamped.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-            tl.store(out + column, tl.where(column < K, codes, 0), mask=column < KP)
+        if NATIVE and not VALUES:  # the conversion saturates
+            result = v.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        elif VALUES and not IS_INTEGER:
+            result = round_float(v, MANTISSA, SMALLEST, MAXIMUM)
         else:
-            code_k, value = encode(v, zero_point, IS_INTEGER, IS_SHIFTED, MANTISSA, SMALLEST, MINIMUM, MAXIMUM, BITS,
-                                   NAN_CODE)
-            if VALUES:
-                tl.store(out + column, tl.where(column < K, value, 0.0).to(out_ptr.dtype.element_ty), mask=column < KP)
+            if IS_SHIFTED and STATISTIC == "range":
+                if is_near:
+                    code = near_integer(v) + zero_point
+                    code = tl.minimum(tl.maximum(code, MINIMUM), MAXIMUM)
+                else:
+                    code = encode_shifted(v, zero_point, MINIMUM, MAXIMUM)
+                value = (code - zero_point).to(tl.float32)
             else:
-                if FNUZ:
-                    code_k = to_fnuz(code_k)
-                code_k = tl.where(column < K, code_k, 0)
-                if SUMS:
-                    total += code_k
-                tl.store(out + column, code_k.to(out_ptr.dtype.element_ty), mask=column < KP)
+                code, value = encode(v, zero_point, IS_INTEGER, IS_SHIFTED, MANTISSA, SMALLEST, MINIMUM, MAXIMUM, BITS,
+                                     NAN_CODE)
+            if FNUZ:
+                code = to_fnuz(code)
+            if SUMS:
+                total += code if EVEN else tl.where(column < K, code, 0)
+            result = value if VALUES else code
+        if PADDED:
+            result = tl.where(column < K, result, 0)
+        if EVEN:
+            tl.store(out + column, result.to(out_ptr.dtype.element_ty))
+        else:
+            tl.store(out + column, result.to(out_ptr.dtype.element_ty), mask=column < KP)
     if SUMS:
         tl.store(sums_ptr + m, tl.sum(total, 0))
 
@@ -387,7 +450,7 @@ def quantize_groups(
     SCALES: tl.constexpr, SCALE_CODES: tl.constexpr, OUTER: tl.constexpr, VALUES: tl.constexpr, OWN: tl.constexpr,
     PACKED: tl.constexpr,
     FNUZ: tl.constexpr, NATIVE: tl.constexpr, SIZE: tl.constexpr, GS: tl.constexpr, BG: tl.constexpr,
-    LEADS: tl.constexpr,
+    EVEN: tl.constexpr, PADDED: tl.constexpr, LEADS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):
     """Groups of SIZE columns of x [M, K] to codes [M, KP]; one program takes BG groups of a row.
 
@@ -398,26 +461,34 @@ def quantize_groups(
     OUTER        float32 [M], the global scale that multiplies afterwards
     VALUES       instead of codes their values, with OWN times their own (8 bit) scale, without the global one
     PACKED       two 4 bit codes a byte, the first in the low bits: [M, KP / 2]
-    LEADS        as in quantize_rows
+    EVEN         KP is K, a multiple of the BG * GS columns of a program, and GS is SIZE
+    PADDED       KP is not K, or K ends within a group
+    LEADS, FOLLOWS    as in quantize_rows
     """
+    if FOLLOWS:
+        tl.extra.cuda.gdc_wait()
     if LEADS:
         tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(0)
     group = tl.program_id(1) * BG + tl.arange(0, BG)
     inside = tl.arange(0, GS)
     column = group[:, None] * SIZE + inside[None, :]
-    counts = (inside < SIZE)[None, :] & (column < K)
-    x = tl.load(x_ptr + m.to(tl.int64) * stride + column, mask=counts, other=0.0).to(tl.float32)
+    place = m.to(tl.int64) * stride + column
+    if EVEN:
+        x = tl.load(x_ptr + place).to(tl.float32)
+    else:
+        x = tl.load(x_ptr + place, mask=(inside < SIZE)[None, :] & (column < K), other=0.0).to(tl.float32)
     given = 0.0
     if HAS_GIVEN:
         given = tl.load(given_ptr + m * given_stride).to(tl.float32)
 
-    bad = tl.max((x != x).to(tl.int32), 1) > 0
-    a = tl.max(tl.where(x == x, tl.abs(x), 0.0), 1)
+    most = tl.max(magnitude_bits(x), 1)
+    bad = most > 0x7F800000
     if ROW > 0:
         given = largest_of_row(x_ptr + m.to(tl.int64) * stride, K, ROW)
     elif ROW < 0:
-        given = tl.where(tl.max(bad.to(tl.int32), 0) > 0, float("nan"), tl.max(a, 0))
+        given = tl.max(most, 0).to(tl.float32, bitcast=True)
+    a = tl.where(bad, 0, most).to(tl.float32, bitcast=True)
     if RULE == "nvfp4_token" or RULE == "torchao_nvfp4":  # a row or call with NaN has a global scale of NaN
         bad = tl.where(given == given, bad, given != given)
     if RULE == "torchao_nvfp4":
@@ -444,28 +515,40 @@ def quantize_groups(
             else:
                 tl.store(outer_ptr + m, given)
 
-    v = tl.div_rn(x, tl.broadcast_to(factor[:, None], (BG, GS))) if DIVIDE else x * factor[:, None]
+    STEPS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1
+    if not DIVIDE:
+        v = x * factor[:, None]
+    elif RULE == "fp8_group":  # from 1e-10 / 448 on, and of an infinite one every quotient is the first product
+        v = corrected_quotient(x, tl.broadcast_to(factor[:, None], (BG, GS)), tl.div_rn(1.0, factor)[:, None], STEPS)
+    else:
+        v = tl.div_rn(x, tl.broadcast_to(factor[:, None], (BG, GS)))
     place = m.to(tl.int64) * KP + column
     stores = (inside < SIZE)[None, :] & (column < KP)
-    if NATIVE and not VALUES:
-        clamped = tl.where(v == v, tl.minimum(tl.maximum(v, MINIMUM), MAXIMUM), v)
-        codes = clamped.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-        tl.store(out_ptr + place, tl.where(column < K, codes, 0), mask=stores)
+    if NATIVE and not VALUES:  # the conversion saturates
+        codes = v.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        if PADDED:
+            codes = tl.where(column < K, codes, 0)
+        tl.store(out_ptr + place, codes, mask=None if EVEN else stores)
+    elif VALUES:
+        if IS_INTEGER:
+            value = encode_integer(v, MINIMUM, MAXIMUM).to(tl.float32)
+        else:
+            value = round_float(v, MANTISSA, SMALLEST, MAXIMUM)
+        if OWN:
+            value = value * own[:, None]
+        if PADDED:
+            value = tl.where(column < K, value, 0.0)
+        tl.store(out_ptr + place, value.to(out_ptr.dtype.element_ty), mask=None if EVEN else stores)
     else:
         codes, value = encode(v, 0, IS_INTEGER, False, MANTISSA, SMALLEST, MINIMUM, MAXIMUM, BITS, NAN_CODE)
-        if VALUES:
-            if OWN:
-                value = value * own[:, None]
-            value = tl.where(column < K, value, 0.0)
-            tl.store(out_ptr + place, value.to(out_ptr.dtype.element_ty), mask=stores)
-        else:
-            if FNUZ:
-                codes = to_fnuz(codes)
+        if FNUZ:
+            codes = to_fnuz(codes)
+        if PADDED:
             codes = tl.where(column < K, codes, 0)
-            if PACKED:
-                low, high = tl.split(tl.reshape(codes, (BG, GS // 2, 2)))
-                half = group[:, None] * (SIZE // 2) + tl.arange(0, GS // 2)[None, :]
-                tl.store(out_ptr + m.to(tl.int64) * (KP // 2) + half, (low | (high << 4)).to(tl.uint8),
-                         mask=(half < KP // 2) & (tl.arange(0, GS // 2) < SIZE // 2)[None, :])
-            else:
-                tl.store(out_ptr + place, codes.to(out_ptr.dtype.element_ty), mask=stores)
+        if PACKED:
+            low, high = tl.split(tl.reshape(codes, (BG, GS // 2, 2)))
+            half = group[:, None] * (SIZE // 2) + tl.arange(0, GS // 2)[None, :]
+            tl.store(out_ptr + m.to(tl.int64) * (KP // 2) + half, (low | (high << 4)).to(tl.uint8),
+                     mask=(half < KP // 2) & (tl.arange(0, GS // 2) < SIZE // 2)[None, :])
+        else:
+            tl.store(out_ptr + place, codes.to(out_ptr.dtype.element_ty), mask=None if EVEN else stores)

@@ -18,8 +18,9 @@ from anybit.numerics.formats import number_format
 from anybit.platforms.archs import ARCHS
 
 __all__ = [
-    "ARITHMETIC", "Arithmetic", "Element", "Spec", "can_fake_quantize", "can_quantize", "compile_cases",
-    "constants_of", "element_of", "group_launch", "has_native_e4m3", "reads_row", "row_launch", "statistic_of",
+    "ARITHMETIC", "Arithmetic", "Element", "Spec", "can_fake_quantize", "can_quantize", "compile_case",
+    "constants_of", "edges", "element_of", "group_launch", "has_native_e4m3", "is_heavy", "reads_row",
+    "row_launch", "statistic_of",
 ]
 
 Statistic = Literal["none", "absmax", "range", "row_absmax", "call_absmax", "call_range"]
@@ -217,16 +218,30 @@ def _power_of_two(n: int) -> int:
 
 
 _FEW_ROWS: Final = 16  # so few that several programs share a row: each finds its statistic anew
-_PART: Final = 2048  # columns that each of them writes
+_MANY_ROWS: Final = 512  # so many that throughput counts, not how soon a row is done
+_PART: Final = 2048  # columns that each of them writes, and that are held where a row would take too many registers
 
 
-def row_launch(k: int, rows: int = _FEW_ROWS + 1, *, is_shared: bool = False) -> tuple[int, int, int]:
+def row_launch(
+    k: int, rows: int = _FEW_ROWS + 1, *, is_shared: bool = False, is_heavy: bool = False
+) -> tuple[int, int, int]:
     """Columns that a program reads at a time, those that it writes (0 = all), and its warps, for rows of k columns.
 
     is_shared   programs may share a row: none needs all its codes
+    is_heavy    a code takes many registers (see `is_heavy`): long rows are read twice, from the cache the second time
     """
     block = min(_power_of_two(max(k, 16)), _ROW_BLOCK)
-    return block, _PART if is_shared and rows <= _FEW_ROWS and block > _PART else 0, _warps(block)
+    if is_shared and rows <= _FEW_ROWS and block > _PART:
+        return (block, _PART, _warps(block)) if block <= 2 * _PART else (_PART, _PART, 16)
+    if is_heavy and block > 2 * _PART and rows >= _MANY_ROWS:
+        return _PART, 0, 8
+    return block, 0, _warps(block) if rows < _MANY_ROWS else max(1, _warps(block) // 2)
+
+
+def is_heavy(spec: Spec) -> bool:
+    """True for divisions that are corrected, and for codes with zero points."""
+    arithmetic = ARITHMETIC[spec.recipe]
+    return arithmetic.divide or arithmetic.is_shifted
 
 
 def _warps(elements: int) -> int:
@@ -246,33 +261,37 @@ def group_launch(group_size: int, k: int = 0, rows: int = 0) -> tuple[int, int, 
     return padded, max(1, (part or block) // padded), -1 if k <= block and not part else block, warps
 
 
+def edges(k: int, columns: int, step: int) -> dict[str, bool]:
+    """EVEN and PADDED of rows of k columns, written as `columns`, of which a program takes `step` at a time.
+
+    step    0 where what it takes has gaps
+    """
+    return {"EVEN": step > 0 and columns == k and k % step == 0, "PADDED": columns != k}
+
+
 def has_native_e4m3(arch: str) -> bool:
     """True where the chip's own conversion makes e4m3 codes: it rounds as the definition says."""
     facts = ARCHS.get(arch)
     return facts is not None and facts.vendor == "nvidia" and facts.fp8 == "fn"
 
 
-def compile_cases(kernel: str, arch: str, specs: Mapping[str, Spec], k: int = 4096) -> list[CompileCase]:
-    """Codes and values of bfloat16 rows of k columns by each of the named specs, as `quantizers.py` launches them."""
-    return [_case(kernel, arch, f"quantizer {name}{' as values' if values else ''}", spec, k, values=values)
-            for name, spec in specs.items()
-            for values in ((False, True) if can_fake_quantize(spec) is None else (False,))]
-
-
-def _case(kernel: str, arch: str, label: str, spec: Spec, k: int, *, values: bool) -> CompileCase:
+def compile_case(
+    kernel: str, arch: str, label: str, spec: Spec, *, values: bool = False, k: int = 4096
+) -> CompileCase:
+    """Codes, or values, of bfloat16 rows of k columns by a recipe, as `quantizers.py` launches it for `kernel`."""
     arithmetic = ARITHMETIC[spec.recipe]
     codes = "*bf16" if values else "*i8" if element_of(spec.element).is_integer else "*u8"
     native = spec.element == "fp8_e4m3fn" and not values and has_native_e4m3(arch)
     shared = {**constants_of(spec), "HAS_GIVEN": bool(arithmetic.given), "VALUES": values, "FNUZ": False,
               "NATIVE": native}
     if spec.granularity != "group":
-        block, part, warps = row_launch(k, 1, is_shared=not arithmetic.is_shifted)
+        block, part, warps = row_launch(k, 1, is_shared=not arithmetic.is_shifted, is_heavy=is_heavy(spec))
         types = {"x_ptr": "*bf16", "out_ptr": codes, "scale_ptr": "*fp32", "zero_ptr": "*i32", "sums_ptr": "*i32",
                  "given_ptr": "*fp32", "given_zero_ptr": "*i8", "K": "i32", "KP": "i32", "stride": "i32"}
         constants = {**shared, "IS_SHIFTED": arithmetic.is_shifted, "FLOOR": arithmetic.floor,
                      "STATISTIC": statistic_of(spec), "HAS_ZERO": False, "SUMS": arithmetic.is_shifted and not values,
-                     "WHOLE": k <= block and not part, "BK": block, "PART": part,
-                     "LEADS": arch == "sm_90"}
+                     "WHOLE": k <= block and not part, "BK": block, "PART": part, **edges(k, k, max(block, part)),
+                     "LEADS": arch == "sm_90", "FOLLOWS": False}
         return CompileCase(kernel, "anybit.kernels.triton.quantizers_jit:quantize_rows", arch, label, types, constants,
                            divisible=("K", "KP", "stride"), num_warps=warps, options={"enable_fp_fusion": False})
     padded, at_a_time, row, warps = group_launch(spec.group_size, k if reads_row(spec) else 0, 1)
@@ -282,6 +301,7 @@ def _case(kernel: str, arch: str, label: str, spec: Spec, k: int, *, values: boo
              "given_stride": "i32"}
     constants = {**shared, "ROW": row, "SCALES": not values, "SCALE_CODES": bool(arithmetic.scale_codes) and not values,
                  "OUTER": has_outer, "OWN": values, "PACKED": False, "SIZE": spec.group_size, "GS": padded,
-                 "BG": at_a_time, "LEADS": arch == "sm_90"}
+                 "BG": at_a_time, **edges(k, k, at_a_time * padded * (padded == spec.group_size)),
+                 "LEADS": arch == "sm_90", "FOLLOWS": False}
     return CompileCase(kernel, "anybit.kernels.triton.quantizers_jit:quantize_groups", arch, label, types, constants,
                        divisible=("K", "KP", "stride"), num_warps=warps, options={"enable_fp_fusion": False})

@@ -2,7 +2,7 @@
 
 A weight is its codes, one a byte, [N, K] with K padded to 16 by code 0, and a float32 factor for each row or block, all
 scale levels combined in the order of the scheme. A call quantizes x and multiplies; what it multiplies with (our Triton
-kernel, or torch's own) is the plan's choice, by name. Device code: `w8a8_jit.py`.
+kernel, or torch's own) is the plan's choice, by name. Device code: `w8a8_jit.py`, on sm_90 `w8a8_hopper_jit.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Final
+from typing import Final, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,14 @@ from anybit.errors import Damaged, Inconsistent
 from anybit.kernels.linear.tiled_torch import as_bits
 from anybit.kernels.linear.torch_low_precision import INT_MM, SCALED_MM
 from anybit.kernels.linear.triton_w8a8 import FP8, FP8_EXACT, INT8
+from anybit.kernels.linear.triton_w8a8_hopper import (
+    BLOCK,
+    LAYOUT,
+    VERSIONS,
+    HopperConfig,
+    configure_hopper,
+    constants_of_hopper,
+)
 from anybit.kernels.linear.triton_w8a8_tiles import (
     PAD,
     Config,
@@ -32,10 +40,11 @@ from anybit.kernels.linear.triton_w8a8_tiles import (
 from anybit.kernels.request import Kernels, Regime
 from anybit.kernels.triton import w8a8_jit as jit
 from anybit.kernels.triton.devices import arch_of
-from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Described, Launch, Piece, Zeros, launch
+from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Described, Launch, Piece, Zeros, described, launch
 from anybit.kernels.triton.opaque import Launched, Run
 from anybit.kernels.triton.quantizers import Quantized, Quantizer
 from anybit.kernels.triton.recipes import ARITHMETIC
+from anybit.kernels.triton.straight import version
 from anybit.numerics.codec import decode
 from anybit.platforms.archs import ARCHS
 from anybit.schemes import CHANNEL, ScaleLevel, Scheme
@@ -218,7 +227,12 @@ class StoredRows8(Launched):
         """The launches of our kernel for calls like this one."""
         product, codes, factor = self._product, self._codes, self._factor
         (m, n), k, device, arch = (x.shape[0], self.shape[0]), codes.shape[1], x.device, _arch_or_generic(x.device)
-        config = configure(n, k, None if self._pinned else m, arch, product, given)
+        tuned_for = None if self._pinned else m
+        if arch == "sm_90" and version() in VERSIONS:
+            roles = configure_hopper(n, k, tuned_for, product, given)
+            if roles is not None:
+                return self._by_roles(x, roles, given, bias, out_dtype)
+        config = configure(n, k, tuned_for, arch, product, given)
         # a few rows: the product is launched while they are quantized
         leads = kernel in (FP8.name, INT8.name) and m <= _LEADING_ROWS and arch == "sm_90"
         quantize = self.quantizer(given).plan(x, leads=leads)
@@ -226,15 +240,10 @@ class StoredRows8(Launched):
         is_split = config.split > 1
         fused = is_split and ARCHS[arch].vendor == "nvidia"
         tiles = -(-m // config.bm) * -(-n // config.bn)
-        by_row = not (product.x_group or product.w_group)
         parts: Argument = factor  # what a specialization does not read is given the place of the factors
         if is_split:
-            kept = torch.int32 if product.is_integer and by_row else torch.float32
-            parts = Piece(size, kept)
-            size += -(-config.split * m * n * kept.itemsize // ALIGNED) * ALIGNED
-        shifted = self._sums is not None and "zero_point" in pieces
-        offsets = [pieces["zero_point"] if shifted else factor, self._sums if shifted else factor,
-                   pieces.get("sums", factor), factor if self._zeros is None else self._zeros]
+            parts, size = self._room(size, config.split * m * n)
+        shifted, offsets = self._offsets(pieces)
         x_codes, w_codes = self._operands(pieces["codes"], m, config, given)
         constants = constants_of(product, given, config, k, shifted=shifted, has_bias=bias is not None, fused=fused)
         bias_dtype: Argument = factor if bias is None else bias.dtype
@@ -254,6 +263,52 @@ class StoredRows8(Launched):
             )  # fmt: skip
         return Call((m, n), out_dtype, device, m, size, quantize, made, (tiles, config.split), finish,
                     (m, -(-n // _EPILOGUE_COLUMNS)))
+
+    def _by_roles(
+        self, x: Tensor, config: HopperConfig, given: Operands, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Call:
+        """The launches of the kernel whose warps have different work."""
+        from triton.experimental.gluon.language import NVMMASharedLayout
+
+        from anybit.kernels.triton.w8a8_hopper_jit import w8a8_hopper
+
+        product, factor, view = self._product, self._factor, _VIEW[given.kind]
+        (m, n), k = (x.shape[0], self.shape[0]), self._codes.shape[1]
+        quantize = self.quantizer(given).plan(x, leads=config.waits)
+        pieces, size = quantize.pieces, quantize.scratch_bytes
+        parts, counters = cast("tuple[Argument, Argument]", (factor, factor))
+        if config.share:
+            parts, size = self._room(size, config.parts)
+            counters = Zeros(config.tiles(m, n) * config.teams, self._captured)
+        shifted, offsets = self._offsets(pieces)
+        layout = NVMMASharedLayout(*LAYOUT)
+        made = Launch(
+            w8a8_hopper,
+            [Described(Piece(pieces["codes"].offset, view), (m, k), (config.bm // config.teams, BLOCK), layout),
+             described(self._codes.view(view), (config.bn, BLOCK), layout), pieces["scale"], factor, *offsets,
+             factor if bias is None else bias.dtype, out_dtype, parts, counters, int, n, k,
+             factor.shape[1] if product.w_group else 1, config.share],
+            constants_of_hopper(product, config, shifted=shifted, has_bias=bias is not None), x.device, num_warps=4,
+            **({"launch_pdl": True} if config.waits else {}),
+        )  # fmt: skip
+        return Call((m, n), out_dtype, x.device, m, size, quantize, made, (config.grid(m, n), 1))
+
+    def _room(self, size: int, count: int) -> tuple[Piece, int]:
+        """Room for so many partial sums at the end of a scratch of `size` bytes, and its new size."""
+        in_blocks = self._product.x_group or self._product.w_group
+        kept = torch.int32 if self._product.is_integer and not in_blocks else torch.float32
+        return Piece(size, kept), size + -(-count * kept.itemsize // ALIGNED) * ALIGNED
+
+    def _offsets(self, pieces: Mapping[str, Piece]) -> tuple[bool, list[Argument]]:
+        """Are codes of x shifted; zero points of x, sums of W's codes, sums of x's codes, zero points of W."""
+        factor = self._factor
+        shifted = self._sums is not None and "zero_point" in pieces
+        return shifted, [
+            pieces["zero_point"] if shifted else factor,
+            self._sums if shifted and self._sums is not None else factor,
+            pieces.get("sums", factor),
+            factor if self._zeros is None else self._zeros,
+        ]
 
     def _operands(self, x: Piece, m: int, config: Config, given: Operands) -> tuple[Argument, Argument]:
         """Codes of x and of W as the kernel takes them."""
