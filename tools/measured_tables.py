@@ -14,11 +14,13 @@ from statistics import median
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parents[1]
+RESULTS: Final = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "src"))
 sys.path.insert(0, str(ROOT / "tools"))
 
 from priors import cells_of  # noqa: E402
 
+from anybit.cli.bench import TOKENS  # noqa: E402
 from anybit.cli.bench_kernels import scheme_named  # noqa: E402
 from anybit.kernels.request import Request  # noqa: E402
 from anybit.planning.measured import Measured  # noqa: E402
@@ -26,6 +28,7 @@ from anybit.planning.regret import ALLOWED, Regret, regrets  # noqa: E402
 from anybit.platforms import Platform, named  # noqa: E402
 
 _PROVIDERS: Final = {"humming-kernels": "humming", "aiter": "aiter"}  # library in a result file -> name in a platform
+_LEAST_CELLS: Final = 4  # of a line of the table
 # how a kernel is marked in a table of ratios; one of ours that decodes in registers has no mark
 MARKS: Final = {"triton-expand": "e", "torch-scaled-mm": "s", "torch-int-mm": "i", "torch-dense": "t"}
 
@@ -47,6 +50,13 @@ class Planned:
     def ratio(self) -> float:
         """How many times as fast as the unquantized product."""
         return float(self.row["times_unquantized"])
+
+
+def all_rows() -> dict[str, Any]:
+    """What is committed of an H200: the benchmark, and over it the launches that were chosen by sweeps afterwards."""
+    documents = [json.loads((RESULTS / name).read_text()) for name in ("h200.json", "h200_sweeps.json")]
+    rows = {(row["name"], *row["shape"], row["tokens"], row["kernel"]): row for d in documents for row in d["rows"]}
+    return {**documents[0], "rows": list(rows.values())}
 
 
 def planned(document: dict[str, Any]) -> Iterator[Planned]:
@@ -82,13 +92,16 @@ def _platform(document: dict[str, Any]) -> Platform:
 def tables(document: dict[str, Any]) -> str:
     """The ratios by scheme and shape, and what the choice loses, in Markdown."""
     cells = list(planned(document))
-    counts = sorted({cell.tokens for cell in cells})
+    counts = [int(m) for m in TOKENS.split(",")]
     lines = [f"| scheme | K x N | {' | '.join(f'M = {m}' for m in counts)} |", "|" + "---|" * (len(counts) + 2)]
     rows: dict[tuple[str, tuple[int, int]], dict[int, Planned]] = {}
     for cell in cells:
-        rows.setdefault((cell.name, cell.shape), {})[cell.tokens] = cell
+        if cell.tokens in counts and cell.name != "none":
+            rows.setdefault((cell.name, cell.shape), {})[cell.tokens] = cell
     order = list(dict.fromkeys(cell.name for cell in cells))
     for (name, (n, k)), found in sorted(rows.items(), key=lambda item: order.index(item[0][0])):
+        if len(found) < _LEAST_CELLS:
+            continue
         words = " | ".join(_ratio(found[m]) if m in found else "" for m in counts)
         lines.append(f"| {name} | {k} x {n} | {words} |")
     return "\n".join(lines) + "\n\n" + _losses(cells) + "\n"
@@ -118,8 +131,7 @@ def _losses(cells: list[Planned]) -> str:
 
 def main() -> int:
     """Print the tables of a result file."""
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks" / "results" / "h200.json"
-    sys.stdout.write(tables(json.loads(path.read_text())))
+    sys.stdout.write(tables(json.loads(Path(sys.argv[1]).read_text()) if len(sys.argv) > 1 else all_rows()))
     return 0
 
 

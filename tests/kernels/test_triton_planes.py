@@ -262,7 +262,7 @@ def test_expansion_in_the_interpreter_rounds_what_the_spec_says() -> None:
 
 
 _WORDS = {"shl.b32": lambda a: a[0] << a[1], "shr.u32": lambda a: a[0] >> a[1], "and.b32": lambda a: a[0] & a[1],
-          "xor.b32": lambda a: a[0] ^ a[1], "mov.b32": lambda a: a[0]}
+          "mov.b32": lambda a: a[0], "mad.lo.u32": lambda a: a[0] * a[1] + a[2]}
 
 
 def run_ptx(text: str, inputs: list[int]) -> int:
@@ -291,7 +291,7 @@ def run_ptx(text: str, inputs: list[int]) -> int:
         elif operation.endswith("16x2"):
             dtype = torch.bfloat16 if "bf16" in operation else torch.float16
             x = [pair(word, dtype) for word in a]
-            done = x[0] - x[1] if operation.startswith("sub") else x[0] * x[1]
+            done = x[0] + x[1] if operation.startswith("add") else x[0] * x[1]
             if operation.startswith("fma"):
                 done = done + x[2]
             bits = done.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF
@@ -320,7 +320,7 @@ def test_inline_assembly_decodes_every_nibble(field: int, dtype: torch.dtype) ->
         noise = 0x5A96C3E1 & ~(0xF << 4 * field)
         words = [noise | low << 4 * field, ~noise & 0xFFFFFFFF & ~(0xF << 4 * field) | high << 4 * field]
         for zero in (0, 8, 15):
-            got = run_ptx(integers, [*words, pair_of((1024.0 if is_half else 128.0) + zero, dtype)])
+            got = run_ptx(integers, [*words, pair_of(-(1024.0 if is_half else 128.0) - zero, dtype)])
             pairs = torch.tensor([got & 0xFFFF, got >> 16], dtype=torch.int32).to(torch.int16).view(dtype)
             assert pairs.tolist() == [low - zero, high - zero]
         # a scale of 24 on the base of `_factor`: 2^126 (bf16, kept within range) or 2^14 below the value
@@ -330,6 +330,29 @@ def test_inline_assembly_decodes_every_nibble(field: int, dtype: torch.dtype) ->
         pairs = torch.tensor([got & 0xFFFF, got >> 16], dtype=torch.int32).to(torch.int16).view(dtype).double()
         wanted = [(-1.0 if code & 8 else 1.0) * e2m1[code & 7] * scale for code in (low, high)]
         assert (pairs * (2.0**8 if is_half else 2.0**26)).tolist() == wanted
+
+
+@pytest.mark.parametrize("byte", range(4))
+def test_inline_assembly_makes_a_pair_of_every_folded_scale(byte: int) -> None:
+    """e8: the byte is bf16's exponent; e53: five bits of exponent and three of mantissa, on either dtype's bias."""
+    kernels = pytest.importorskip("anybit.kernels.triton.planes_kernels")
+    for code in range(256):
+        word = 0x5A96C3E1 & ~(0xFF << 8 * byte) | code << 8 * byte
+        shifted = run_ptx(getattr(kernels, f"_S8{byte}").value, [word])
+        assert shifted == code << 7 | code << 23
+        biased = run_ptx(getattr(kernels, f"_S53{byte}").value, [word])
+        value = torch.tensor([biased & 0xFFFF], dtype=torch.int32).to(torch.int16).view(torch.bfloat16).double()
+        assert biased >> 16 == biased & 0xFFFF
+        if code >= 8:  # the smallest exponent field is 1
+            assert float(value) == (1 + code % 8 / 8) * 2.0 ** ((code >> 3) - 31 + 127)
+
+
+def test_a_zero_point_s_pair_is_minus_its_base_and_it() -> None:
+    kernels = pytest.importorskip("anybit.kernels.triton.planes_kernels")
+    for zero in (0, 8, 15, 16):
+        for dtype, base, negative in ((torch.bfloat16, 128.0, kernels._NEGATIVE_BF16),
+                                      (torch.float16, 1024.0, kernels._NEGATIVE_FP16)):
+            assert (zero | zero << 16) + negative.value & 0xFFFFFFFF == pair_of(-base - zero, dtype)
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
 """Times of products that were not measured, from those of the same kernel and scheme that were. Torch-free.
 
 A kernel's model knows bytes and operations; what it misses (how well the chip is filled, what its launches cost, how
-its tiles fit) changes slowly with the shape. So the ratio of a measured time to the modelled one is carried over: along
-M within a measured shape, linearly in the logarithms and level beyond the ends; among shapes weighted by the inverse
-square of their distance in octaves of N and K. A scheme that was not measured takes the ratios of the nearest one that
-was, if one is near: a checkpoint's `uint4·g128·fp16·zp` those of `int4·g128·bf16`.
+its tiles fit) changes slowly with the shape. So the ratio of a measured time to the modelled one is carried over:
+along M within a measured shape, linearly in the logarithms and level beyond the ends; among shapes weighted by the
+inverse square of their distance in octaves of N and K, odd sizes telling nothing of even ones. A scheme that was not
+measured takes the ratios of the nearest one that was, if one is near: a checkpoint's `uint4·g128·fp16·zp` those of
+`int4·g128·bf16`.
 """
 
 from __future__ import annotations
@@ -31,11 +32,17 @@ def ratio_at(
     model  (N, K) and M -> modelled seconds of what was measured
     """
     weights, total = 0.0, 0.0
-    for found, by_tokens in points.items():
+    alike = {found: by_tokens for found, by_tokens in points.items() if _aligned(found) == _aligned(shape)}
+    for found, by_tokens in (alike or points).items():
         weight = 1.0 / (_NEAR + _square_octaves(found, shape))
         weights += weight
         total += weight * _log_ratio(found, by_tokens, model, tokens)
     return math.exp(total / weights)
+
+
+def _aligned(shape: Shape) -> tuple[bool, bool]:
+    """Whether rows of x, W and y are multiples of 16 bytes: where not, libraries and kernels take other ways."""
+    return shape[0] % 8 == 0, shape[1] % 8 == 0
 
 
 def _square_octaves(one: Shape, other: Shape) -> float:

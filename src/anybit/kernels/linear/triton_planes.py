@@ -1,9 +1,9 @@
 """Specs of the weight-only Triton family on packed planes: layout "triton-planes", three kernels.
 
 `triton-matvec` and `triton-fused` decode operands in registers and round nothing; `triton-expand` decodes rows to a
-scratch of 64 MiB and leaves prefill to torch's product. Activation quantization is carried out exactly in front of
-them: codes times their block scale are exact in bfloat16, factors of rows go into the epilogue. What the layout holds:
-`kernels/triton/planes_form.py`.
+scratch of at most 256 MiB and leaves prefill to torch's product. Activation quantization is carried out exactly in
+front of them: codes times their block scale are exact in bfloat16, factors of rows go into the epilogue. What the
+layout holds: `kernels/triton/planes_form.py`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from typing import Any, Final
 from anybit.kernels.compiling import CompileCase
 from anybit.kernels.linear.triton_endings import finish_cases
 from anybit.kernels.linear.triton_experts import experts_case
+from anybit.kernels.linear.triton_hopper import hopper_case
 from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.kernels.triton import planes_form, planes_launch
 from anybit.kernels.triton.planes_form import Form, form_of
+from anybit.kernels.triton.planes_hopper_launch import hopper_config
 from anybit.kernels.triton.recipes import can_fake_quantize
 from anybit.platforms import Platform
 from anybit.platforms.archs import ARCHS
@@ -26,7 +28,6 @@ _LAUNCH_SECONDS: Final = 3e-6
 _RAMP_SECONDS: Final = 2.5e-6  # filling and draining the chip, which short products show
 _QUANTIZE_SECONDS: Final = 2.5e-6  # the quantizer kernel in front
 _TORCH_QUANTIZE_SECONDS: Final = 60e-6  # torch's operations in its place: some twenty launches
-SCRATCH_BYTES: Final = 64 * 2**20
 # share of the memory's rate that decoding reaches, by form: measured on sm_90 (docs/results), M = 1 and 16
 _MEMORY_SHARE: Final[Mapping[str, float]] = {"fold": 0.65, "group": 0.7, "row": 0.7, "decode": 0.3}
 _FINE_SHARE: Final = 0.5  # scales of groups of 16
@@ -34,6 +35,9 @@ _MORE_TOKENS_SHARE: Final = 0.87  # of that beyond 8 tokens
 _TABLE_SHARE: Final = 0.3  # a look-up for each weight
 # share of the matrix rate of the fused kernel, and of torch's product after expansion
 _FUSED_SHARE: Final = 0.35
+# where decoding runs beside the products: sums of groups, folded scales, those of groups of 16 (H200, M = 256 and 512)
+_GLUON_SHARE: Final[Mapping[str, float]] = {"group": 0.45, "row": 0.45, "fold": 0.53}
+_FINE_GLUON_SHARE: Final = 0.4
 _EXPANDED_SHARE: Final = 0.75
 _EXPAND_BYTES_SHARE: Final = 0.75
 
@@ -110,15 +114,22 @@ def fused_seconds(request: Request, platform: Platform) -> float:
     passes = max(1.0, -(-request.tokens // 128) * 0.5)
     work = form.terms * (2 if form.addend != "none" else 1)
     read = passes * _bytes(request) / (share * max(platform.bandwidth, 1e9))
-    multiply = work * request.flops / (_FUSED_SHARE * _rate(request, platform))
+    multiply = work * request.flops / (_matrix_share(request, platform, form) * _rate(request, platform))
     return _quantize_seconds(request, platform) + _LAUNCH_SECONDS + _RAMP_SECONDS + max(read, multiply)
+
+
+def _matrix_share(request: Request, platform: Platform, form: Form) -> float:
+    n, k = request.shape[-2:]
+    if hopper_config(form, n, k, request.tokens, platform.arch) is None:
+        return _FUSED_SHARE
+    return _FINE_GLUON_SHARE if form.group == 16 and form.scaling == "fold" else _GLUON_SHARE[form.scaling]
 
 
 def expand_seconds(request: Request, platform: Platform) -> float:
     """Decoding to memory once, then torch's product."""
     n, k = request.shape[-2:]
     moved = _bytes(request) + 2.0 * n * k
-    launches = 2 * max(1.0, 2.0 * n * k / SCRATCH_BYTES) * _LAUNCH_SECONDS
+    launches = 2 * -(-n // max(planes_launch.scratch_rows(n, k), 1)) * _LAUNCH_SECONDS
     product = max(request.flops / (_EXPANDED_SHARE * _rate(request, platform)), 2.0 * n * k / platform.bandwidth)
     write = moved / (_EXPAND_BYTES_SHARE * max(platform.bandwidth, 1e9))
     return _quantize_seconds(request, platform) + launches + write + product
@@ -164,7 +175,7 @@ def groups_are_alike(request: Request) -> str | None:
 def scratch(request: Request) -> int:
     """The expanded rows, and the float32 product where a factor of rows is left to an epilogue."""
     n, k = request.shape[-2:]
-    rows = min(n, max(64, SCRATCH_BYTES // (2 * max(k, 1)) // 64 * 64))
+    rows = planes_launch.scratch_rows(n, k)
     return 2 * rows * k + 2 * request.tokens * k + 4 * request.tokens * rows
 
 
@@ -198,7 +209,9 @@ _SAMPLES: Final[Mapping[str, Scheme]] = {
 }
 # the samples that are compiled for more than one number of tokens and in float16
 _MAIN: Final = ("int4 g128", "nvfp4")
+_EVERY_M: Final = ("sm_100", "sm_103")  # where all are compiled so: large tiles of many sums have come out empty
 _OF_EXPERTS: Final = ("int4 g128", "uint4 g128 zp", "mxfp4", "nvfp4", "q4_k")
+_OF_HOPPER: Final = ("int4 g128", "uint4 g128 zp", "mxfp4", "nvfp4")
 _QUANTIZED: Final = ("nvfp4",)  # compiled with factors of x's rows
 _SHAPE: Final = (4096, 4096)
 _LARGE_SHAPE: Final = (57344, 8192)  # compiled too where its tiles are others
@@ -234,12 +247,27 @@ def _matrix_instruction(arch: str) -> str:
 def _product_cases(kernel: str, arch: str, tokens: tuple[int, ...]) -> Iterator[CompileCase]:
     for name, scheme in _SAMPLES.items():
         for dtype in ("bfloat16", "float16") if name in _MAIN else ("bfloat16",):
-            for m in tokens if name in _MAIN else tokens[:1]:
+            for m in tokens if name in _MAIN or arch in _EVERY_M else tokens[:1]:
                 usual = _product_case(kernel, arch, name, scheme, dtype, m, _SHAPE)
                 yield usual
                 large = _product_case(kernel, arch, name, scheme, dtype, m, _LARGE_SHAPE)
                 if _tile_of(large) != _tile_of(usual):
                     yield large
+
+
+def _hopper_cases(kernel: str, arch: str, tokens: tuple[int, ...]) -> Iterator[CompileCase]:
+    """The products that the kernels in Gluon take, where their launches differ."""
+    seen = set()
+    for name in _OF_HOPPER:
+        for dtype in ("bfloat16", "float16") if name in _MAIN else ("bfloat16",):
+            for shape in (_SHAPE, _LARGE_SHAPE):
+                for m in tokens:
+                    case = hopper_case(_product_case(kernel, arch, name, _SAMPLES[name], dtype, m, shape),
+                                       form_of(_SAMPLES[name], shape[1]), shape, m)  # fmt: skip
+                    key = case and (name, dtype, case.function, tuple(case.constants.items()), case.num_warps)
+                    if case is not None and key not in seen:
+                        seen.add(key)
+                        yield case
 
 
 def _tile_of(case: CompileCase) -> tuple[object, ...]:
@@ -272,7 +300,7 @@ def _product_case(
     )  # fmt: skip
 
 
-_SPILLS: Final = 4  # ptxas parks a word or two on the stack by its own choice, far below the registers it may use
+_SPILLS: Final = 8  # ptxas parks a few words on the stack by its own choice, far below the registers it may use
 # sums of groups beside the accumulator: 4..6 % faster on an H200 than tiles that spill nothing
 _SPILLS_OF_WIDE: Final = 16
 
@@ -284,7 +312,9 @@ def _claims(arch: str) -> bool:
 
 def matvec_cases(arch: str) -> list[CompileCase]:
     """Decode."""
-    return list(_product_cases("triton-matvec", arch, (1,))) if _claims(arch) else []
+    if not _claims(arch):
+        return []
+    return [*_product_cases("triton-matvec", arch, (1,)), *_hopper_cases("triton-matvec", arch, (1,))]
 
 
 def fused_cases(arch: str) -> list[CompileCase]:
@@ -293,7 +323,8 @@ def fused_cases(arch: str) -> list[CompileCase]:
         return []
     experts = [experts_case(_product_case("triton-fused", arch, name, _SAMPLES[name], "bfloat16", m, _SHAPE))
                for name in _OF_EXPERTS for m in (1, 64)]
-    return [*_product_cases("triton-fused", arch, (16, 64, 512)), *experts]
+    return [*_product_cases("triton-fused", arch, (16, 64, 512)), *experts,
+            *_hopper_cases("triton-fused", arch, (16, 32, 64, 128, 512))]
 
 
 def expand_cases(arch: str) -> list[CompileCase]:
@@ -331,6 +362,6 @@ EXPAND = KernelSpec(
     name="triton-expand", layout="triton-planes", implementation=_IMPLEMENTATION, can_implement=can_expand,
     seconds=expand_seconds, stored_bytes=stored_bytes, rounds=expansion_rounds, workspace=scratch,
     assumes=groups_are_alike, cases=expand_cases,
-    about="Triton: packed codes decoded to a 64 MiB scratch, then torch's matrix product",
+    about="Triton: packed codes decoded to a scratch, then torch's matrix product",
 )  # fmt: skip
 SPECS: Final = (MATVEC, FUSED, EXPAND)

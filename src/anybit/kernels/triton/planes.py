@@ -22,7 +22,16 @@ from anybit.kernels.request import Kernels, Regime
 from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Launch, Piece, Zeros, launch, remember
 from anybit.kernels.triton.opaque import Launched, Run
-from anybit.kernels.triton.planes_launch import configure, constants, expansion, half_factor, overlaps, terms_of
+from anybit.kernels.triton.planes_hopper_launch import hopper_config
+from anybit.kernels.triton.planes_launch import (
+    configure,
+    constants,
+    expansion,
+    half_factor,
+    overlaps,
+    scratch_rows,
+    terms_of,
+)
 from anybit.kernels.triton.planes_prepare import Packed, pack, unpacked
 from anybit.kernels.triton.recipes import can_fake_quantize
 from anybit.numerics.formats import number_format
@@ -34,7 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["StoredPlanes", "TritonPlanes"]
 
-SCRATCH_BYTES: Final = 64 * 2**20  # of expanded rows at a time
 # in the kernels' order
 PARTS: Final = ("plane_0", "plane_1", "plane_2", "scale", "scale_super", "zeros", "addend", "addend_super", "row",
                 "table")
@@ -231,7 +239,13 @@ class StoredPlanes(Launched):
 
         (tokens, columns), rows, form = x.shape, self.shape[0], self._packed.form
         device, arch = x.device, arch_of(x.device)
-        config = configure(form, rows, columns, _PINNED_TOKENS if self._is_pinned else tokens, arch)
+        planned = _PINNED_TOKENS if self._is_pinned else tokens
+        hopper = hopper_config(form, rows, columns, planned, arch)
+        if hopper is not None:
+            from anybit.kernels.triton.planes_hopper_run import hopper_call
+
+            return hopper_call(hopper, form, rows, self._parts, self._captured, x, factors, bias, out_dtype, quantize)
+        config = configure(form, rows, columns, planned, arch)
         row = self._parts[8]  # stands in for what a specialization does not read
         padded_rows, padded, pitch = row.shape[0], form.padded(columns), self._pitch()
         tiles, is_split = -(-tokens // config.tokens) * (padded_rows // config.rows), config.split > 1
@@ -298,7 +312,7 @@ class StoredPlanes(Launched):
             alpha = factor * half_factor(form, is_half=x.dtype == torch.float16)
         if factors is not None and self._static_factor is not None:
             alpha, factors = alpha * self._static_factor, None
-        step = max(64, SCRATCH_BYTES // (2 * max(k, 1)) // 64 * 64)
+        step = scratch_rows(n, k)
         room = -(-n // _ALIGNED_OUTPUTS) * _ALIGNED_OUTPUTS
         out = torch.empty((x.shape[0], room), dtype=out_dtype, device=x.device)
         for start in range(0, n, step):

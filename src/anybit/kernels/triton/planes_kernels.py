@@ -26,62 +26,99 @@ def _select(field: int) -> str:
     return hex((4 + byte) << 12 | (4 + byte) << 8 | byte << 4 | byte)
 
 
-def _integers(field: int, magic: str, subtract: str) -> str:
-    """Two words' nibbles as 16-bit floats, minus the (magic + zero point) pair in $3."""
+def _integers(field: int, magic: str, add: str) -> str:
+    """Two words' nibbles as 16-bit floats, plus the pair in $3: minus (magic + zero point)."""
     shift = "shr.u32 t, t, 4;" if field % 2 else ""
-    body = f"prmt.b32 t, $1, $2, {_select(field)}; {shift} lop3.b32 t, t, 0x000F000F, {magic}, 0xEA; {subtract}"
+    body = f"prmt.b32 t, $1, $2, {_select(field)}; {shift} lop3.b32 t, t, 0x000F000F, {magic}, 0xEA; {add}"
     return "{.reg .b32 t, u; " + body + "}"
 
 
 def _floats(field: int, magnitude: int, multiply: str) -> str:
-    """Two words' e2m1 nibbles as 16-bit floats times the pair in $3; `magnitude` is where D's field of them begins."""
-    high = 4 * (field % 2)  # an odd nibble is the upper half of its byte
+    """Two words' e2m1 nibbles as 16-bit floats times the pair in $3; `magnitude` is where D's field of them begins.
+
+    An odd nibble is the upper half of its byte, whose copy has the sign where D has it.
+    """
+    high = 4 * (field % 2)
     mask = f"0x{0x00070007 << magnitude:08X}"
-    move = magnitude - high
-    body = (f"prmt.b32 t, $1, $2, {_select(field)}; shl.b32 u, t, {12 - high}; and.b32 u, u, 0x80008000; "
-            f"shl.b32 t, t, {move}; lop3.b32 t, t, {mask}, u, 0xEA; {multiply}")
+    sign = "and.b32 u, t, 0x80008000;" if high else "shl.b32 u, t, 12; and.b32 u, u, 0x80008000;"
+    body = (f"prmt.b32 t, $1, $2, {_select(field)}; {sign} shl.b32 t, t, {magnitude - high}; "
+            f"lop3.b32 t, t, {mask}, u, 0xEA; {multiply}")
     return "{.reg .b32 t, u; " + body + "}"
 
 
-# fma stands for sub and mul, which sm_80 lacks for bf16: t * 1 - $3, t * $3 - 0
-_SUB_BF16 = "xor.b32 u, $3, 0x80008000; {.reg .b32 one; mov.b32 one, 0x3F803F80; fma.rn.bf16x2 $0, t, one, u;}"
+def _bytes(byte: int, then: str) -> str:
+    """Byte `byte` of a word in the low byte of each half, then on: a folded scale as a pair."""
+    select = hex(4 << 12 | byte << 8 | 4 << 4 | byte)
+    return "{.reg .b32 t; " + f"prmt.b32 t, $1, 0, {select}; {then}" + "}"
+
+
+# fma stands for add and mul, which sm_80 lacks for bf16: t * 1 + $3, t * $3 - 0
+_ADD_BF16 = "mov.b32 u, 0x3F803F80; fma.rn.bf16x2 $0, t, u, $3;"
 _MUL_BF16 = "mov.b32 u, 0x80008000; fma.rn.bf16x2 $0, t, $3, u;"
-_SUB_FP16 = "sub.f16x2 $0, t, $3;"
+_ADD_FP16 = "add.f16x2 $0, t, $3;"
 _MUL_FP16 = "mul.f16x2 $0, t, $3;"
 # one name each: a jitted function reads no list
-_IB0, _IB1, _IB2, _IB3, _IB4, _IB5, _IB6, _IB7 = (tl.constexpr(_integers(i, "0x43004300", _SUB_BF16)) for i in range(8))
-_IH0, _IH1, _IH2, _IH3, _IH4, _IH5, _IH6, _IH7 = (tl.constexpr(_integers(i, "0x64006400", _SUB_FP16)) for i in range(8))
+_IB0, _IB1, _IB2, _IB3, _IB4, _IB5, _IB6, _IB7 = (tl.constexpr(_integers(i, "0x43004300", _ADD_BF16)) for i in range(8))
+_IH0, _IH1, _IH2, _IH3, _IH4, _IH5, _IH6, _IH7 = (tl.constexpr(_integers(i, "0x64006400", _ADD_FP16)) for i in range(8))
 _FB0, _FB1, _FB2, _FB3, _FB4, _FB5, _FB6, _FB7 = (tl.constexpr(_floats(i, 6, _MUL_BF16)) for i in range(8))
 _FH0, _FH1, _FH2, _FH3, _FH4, _FH5, _FH6, _FH7 = (tl.constexpr(_floats(i, 9, _MUL_FP16)) for i in range(8))
 
 
+# a folded scale as D's fields (`_factor`): moved to the exponent, or five bits of it and the mantissa on bf16's bias
+_S80, _S81, _S82, _S83 = (tl.constexpr(_bytes(i, "shl.b32 $0, t, 7;")) for i in range(4))
+_S530, _S531, _S532, _S533 = (tl.constexpr(_bytes(i, "mad.lo.u32 $0, t, 16, 0x6F806F80;")) for i in range(4))
+_NEGATIVE_BF16 = tl.constexpr(0xC300C300 - 2**32)  # -128 twice; of bf16 and fp16 the next integers are the next codes
+_NEGATIVE_FP16 = tl.constexpr(0xE400E400 - 2**32)  # -1024 twice
+
+
+@triton.jit
+def _folded_pair(low, high, j: tl.constexpr, KIND: tl.constexpr, D: tl.constexpr):
+    """Byte j of two words of folded scales as the factor of fp4 operands, twice in 32 bits: inline PTX."""
+    word = low if j < 4 else high
+    if KIND == 2 and tl.bfloat16 == D:
+        text: tl.constexpr = _S530 if j % 4 == 0 else _S531 if j % 4 == 1 else _S532 if j % 4 == 2 else _S533
+        return tl.inline_asm_elementwise(text, "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        text: tl.constexpr = _S80 if j % 4 == 0 else _S81 if j % 4 == 1 else _S82 if j % 4 == 2 else _S83
+        return tl.inline_asm_elementwise(text, "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _zero_pair(zero, D: tl.constexpr):
+    """Minus a zero point (int32, below 128) on the base of decoded integers, twice in 32 bits."""
+    if tl.bfloat16 == D:
+        return (zero | (zero << 16)) + _NEGATIVE_BF16
+    else:
+        return (zero | (zero << 16)) + _NEGATIVE_FP16
+
+
 @triton.jit
 def _two_at_once(words, pair, i: tl.constexpr, FOLD: tl.constexpr, D: tl.constexpr):
-    """Field i of pairs of words as D, with `pair` (a zero point on its base, or a folded scale) applied: inline PTX."""
+    """Field i of pairs of words as D, with `pair` (`_zero_pair` or `_folded_pair`) applied: inline PTX."""
     if FOLD and tl.bfloat16 == D:
         text: tl.constexpr = (
             _FB0 if i == 0 else _FB1 if i == 1 else _FB2 if i == 2 else _FB3 if i == 3 else _FB4 if i == 4
             else _FB5 if i == 5 else _FB6 if i == 6 else _FB7
         )
-        return tl.inline_asm_elementwise(text, "=r,r,r,r", [words, pair], dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(text, "=r,r,r,r,r", [words, pair], dtype=tl.bfloat16, is_pure=True, pack=2)
     elif FOLD:
         text: tl.constexpr = (
             _FH0 if i == 0 else _FH1 if i == 1 else _FH2 if i == 2 else _FH3 if i == 3 else _FH4 if i == 4
             else _FH5 if i == 5 else _FH6 if i == 6 else _FH7
         )
-        return tl.inline_asm_elementwise(text, "=r,r,r,r", [words, pair], dtype=tl.float16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(text, "=r,r,r,r,r", [words, pair], dtype=tl.float16, is_pure=True, pack=2)
     elif tl.bfloat16 == D:
         text: tl.constexpr = (
             _IB0 if i == 0 else _IB1 if i == 1 else _IB2 if i == 2 else _IB3 if i == 3 else _IB4 if i == 4
             else _IB5 if i == 5 else _IB6 if i == 6 else _IB7
         )
-        return tl.inline_asm_elementwise(text, "=r,r,r,r", [words, pair], dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(text, "=r,r,r,r,r", [words, pair], dtype=tl.bfloat16, is_pure=True, pack=2)
     else:
         text: tl.constexpr = (
             _IH0 if i == 0 else _IH1 if i == 1 else _IH2 if i == 2 else _IH3 if i == 3 else _IH4 if i == 4
             else _IH5 if i == 5 else _IH6 if i == 6 else _IH7
         )
-        return tl.inline_asm_elementwise(text, "=r,r,r,r", [words, pair], dtype=tl.float16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(text, "=r,r,r,r,r", [words, pair], dtype=tl.float16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -262,13 +299,13 @@ def matmul_kernel(
             g = (b * (F * P) + j * R * P) // G if G > 0 else b * 0
             if ZEROS:
                 zero = tl.load(z_ptr + g * z_stride + rn).to(tl.float32)
-            if SCALING == 2:
+            if SCALING == 2 and not ASM:
                 if SWORDS:
                     byte = _byte(s_low, s_high, j, False)
                 else:
                     byte = tl.load(s_ptr + g.to(tl.int64) * NP + rn).to(tl.int32)
                 folded = _factor(byte, SKIND, D)
-            elif SCALING != 0:
+            if SCALING == 1 or SCALING == 3:
                 s = _group_value(s_ptr, ss_ptr, g, s_low, s_high, j, rn, NP, SWORDS, SSIGNED, SKIND, SSUPER)
             part = tl.zeros((BN, BM), tl.float32)
             ones = tl.zeros((BN, BM), tl.float32)
@@ -282,11 +319,9 @@ def matmul_kernel(
                     ones = tl.dot(tl.full((BN, P), 1.0, D), xi, ones)
                 if ASM:
                     if SCALING == 2:
-                        pair = folded
-                    elif tl.bfloat16 == D:
-                        pair = (zero + 128.0).to(tl.bfloat16)
+                        pair = _folded_pair(s_low, s_high, j, SKIND, D)
                     else:
-                        pair = (zero + 1024.0).to(tl.float16)
+                        pair = _zero_pair(zero.to(tl.int32), D)
                     w = _two_at_once(q0, tl.broadcast_to(pair[:, None], q0.shape), j * R + r, SCALING == 2, D)
                     if SCALING == 1:
                         part = tl.dot(w, xi, part)

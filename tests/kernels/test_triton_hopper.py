@@ -1,0 +1,165 @@
+"""The kernels in Gluon of "triton-planes": which products they take, how they are launched, and on a GPU what they give.
+
+The family's own tests (test_triton_planes.py) run them too where the GPU is sm_90: NaN, graphs, the same bits again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from anybit.kernels.linear.triton_planes import _SAMPLES, FUSED, MATVEC
+from anybit.kernels.trials import compare, sample_weight
+from anybit.kernels.triton import planes_hopper_launch as launch
+from anybit.kernels.triton.planes_form import ROWS, form_of
+from anybit.kernels.triton.planes_launch import SCRATCH_BYTES, scratch_rows
+from anybit.kernels.triton.planes_prepare import pack
+from anybit.platforms.archs import ARCHS
+from anybit.schemes import CHANNEL, Offset, ScaleLevel, Scheme, group
+
+TAKEN = {name: _SAMPLES[name] for name in ("int4 g128", "uint4 g128 zp", "mxfp4", "nvfp4")} | {
+    "int4 g32": Scheme("int4", (ScaleLevel("float16", group(32)),)),
+    "uint4 channel zp": Scheme("uint4", (ScaleLevel("bfloat16", CHANNEL),), offset=Offset("zero_point", "uint4", CHANNEL)),
+}
+SHAPES = [(64, 512), (200, 640), (192, 4096), (1024, 4096), (6144, 4096), (4096, 14336), (13824, 5120), (28672, 4096),
+          (57344, 8192), (152064, 3584)]  # fmt: skip
+TOKENS = (1, 8, 9, 16, 17, 24, 32, 33, 64, 65, 96, 128, 129, 200, 300, 1000, 4096)
+LAUNCHES = [(name, n, k, m, config) for name, scheme in TAKEN.items() for n, k in SHAPES for m in TOKENS
+            if (config := launch.planned(form_of(scheme, k), n, k, m)) is not None]  # fmt: skip
+
+
+def test_every_form_has_launches() -> None:
+    assert {name for name, *_ in LAUNCHES} == set(TAKEN)
+
+
+def test_tiles_cover_the_padded_rows_and_are_what_the_instruction_takes() -> None:
+    for name, n, _, m, config in LAUNCHES:
+        assert -(-n // ROWS) * ROWS % config.rows == 0, (name, n, m, config)
+        assert config.rows % (16 * config.warps) == 0 and config.warps % 4 == 0
+        assert config.tokens % 8 == 0 and config.tokens <= 256
+
+
+def test_no_part_of_k_is_without_work() -> None:
+    for name, n, k, m, config in LAUNCHES:
+        times = -(-k // 256)
+        assert -(-times // config.split) * (config.split - 1) < times, (name, n, k, m, config)
+
+
+def test_stages_fit_the_shared_memory_and_the_pipeline() -> None:
+    for name, _, k, m, config in LAUNCHES:
+        assert launch.shared_bytes(form_of(TAKEN[name], k), config) <= ARCHS["sm_90"].shared_bytes, (name, k, m, config)
+        assert config.stages >= (3 if config.steps else 2)
+
+
+@pytest.mark.parametrize("name", ["int3 g128", "int8 channel", "q4_k", "q6_k", "mxfp6_e2m3", "nf4 g64", "uint4 g64 float zp"])
+def test_other_forms_are_left_to_the_portable_kernel(name: str) -> None:
+    assert launch.planned(form_of(_SAMPLES[name], 4096), 4096, 4096, 64) is None
+
+
+def test_ragged_k_that_cannot_be_copied_16_bytes_at_a_time_is_left_to_the_portable_kernel() -> None:
+    form = form_of(_SAMPLES["int4 g128"], 4104)
+    assert launch.planned(form, 4096, 4096, 64) is not None
+    assert launch.planned(form, 4096, 4104, 64) is None
+
+
+@pytest.mark.parametrize(("installed", "has"), [("3.4.0", False), ("3.5.1", True), ("3.6.0+git1", True), ("3.9.0", True),
+                                                ("4.0.0", False), ("broken", False), (None, False)])  # fmt: skip
+def test_a_triton_that_the_kernels_were_not_written_for_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, installed: str | None, has: bool
+) -> None:
+    def version(name: str) -> str:
+        if installed is None:
+            raise launch.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(launch, "version", version)
+    launch.has_gluon.cache_clear()
+    launch.hopper_config.cache_clear()
+    found = launch.hopper_config(form_of(_SAMPLES["nvfp4"], 4096), 4096, 4096, 64, "sm_90")
+    launch.has_gluon.cache_clear()
+    launch.hopper_config.cache_clear()
+    assert (found is not None) is has
+
+
+def test_only_sm_90_is_launched_so() -> None:
+    form = form_of(_SAMPLES["nvfp4"], 4096)
+    assert [arch for arch in ARCHS if launch.hopper_config(form, 4096, 4096, 64, arch)] in (["sm_90"], [])
+    cases = [case for arch in ARCHS for spec in (MATVEC, FUSED) for case in spec.cases(arch) if "Gluon" in case.label]
+    assert {case.arch for case in cases} == {"sm_90"}
+    assert all("wgmma" in case.expects for case in cases)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (4096, 14336), (28672, 4096), (57344, 8192), (200, 640)])
+def test_pieces_of_an_expanded_weight_are_alike_and_within_the_scratch(rows: int, columns: int) -> None:
+    at_a_time = scratch_rows(rows, columns)
+    pieces = -(-rows // at_a_time)
+    assert 2 * at_a_time * columns <= SCRATCH_BYTES + 2 * 256 * columns
+    assert pieces == max(1, -(-2 * rows * columns // SCRATCH_BYTES))
+    assert pieces == 1 or rows - (pieces - 1) * at_a_time > at_a_time // 2
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def on_hopper(test):  # type: ignore[no-untyped-def]
+    is_one = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return pytest.mark.gpu(pytest.mark.skipif(not is_one, reason="no GPU of sm_90")(test))
+
+
+def stored_on_gpu(weight, dtype: torch.dtype = torch.bfloat16):  # type: ignore[no-untyped-def]
+    from anybit.kernels.triton.planes import StoredPlanes
+
+    return StoredPlanes(pack(weight, dtype), None)
+
+
+@on_hopper
+@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_products_of_every_m_are_within_the_bound(name: str, dtype: torch.dtype) -> None:
+    """Rows that fill tiles and rows that do not; K of whole times 256 inputs and not; parts of K and none."""
+    for n, k in ((200, 640), (384, 1152), (320, 4096)):
+        weight = sample_weight(TAKEN[name], (n, k), device="cuda", seed=n)
+        stored = stored_on_gpu(weight, dtype)
+        for m in (1, 7, 8, 9, 16, 17, 32, 33, 63, 64, 65, 128, 129, 257, 300):
+            x = torch.randn(m, k, device="cuda", dtype=dtype)
+            found = compare(weight, lambda x, stored=stored: stored.linear(x, "small", None, x.dtype), x)
+            assert found.ok, f"{name} M={m} N={n} K={k}: {found.fault}"
+
+
+@on_hopper
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_zero_blocks_and_scales_far_apart_are_exact(name: str) -> None:
+    weight = sample_weight(TAKEN[name], (256, 1024), device="cuda")
+    scale = weight.scales[0].clone()
+    low, high = (127 - 60, 127 + 59) if name == "mxfp4" else (0x08, 0x7E)  # the largest and small ones of e4m3
+    scale[::3] = low
+    scale[1::3] = high
+    codes = weight.codes.clone()
+    codes[5:60] = 0
+    weight = replace(weight, stored_codes=codes, scales=(scale, *weight.scales[1:]))
+    stored = stored_on_gpu(weight)
+    for m in (1, 40, 200, 300):
+        x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
+        found = compare(weight, lambda x: stored.linear(x, "small", None, x.dtype), x)
+        assert found.ok, f"{name} M={m}: {found.fault}"
+
+
+@on_hopper
+@pytest.mark.parametrize("m", [3, 40, 150])
+def test_where_rows_of_x_begin_does_not_matter(m: int) -> None:
+    stored = stored_on_gpu(sample_weight(TAKEN["int4 g128"], (256, 512), device="cuda"))
+    held = torch.randn(m * 520 + 1, device="cuda", dtype=torch.bfloat16)
+    for x in (held[1:].view(m, 520)[:, :512], held[:-1].view(m, 520)[:, :512], held[1 : 1 + m * 512].view(m, 512)):
+        wanted = stored.linear(x.clone(), "small", None, torch.bfloat16)
+        assert torch.equal(stored.linear(x, "small", None, torch.bfloat16), wanted)
+
+
+@on_hopper
+def test_every_row_is_computed_as_it_would_be_in_a_full_tile() -> None:
+    stored = stored_on_gpu(sample_weight(TAKEN["nvfp4"], (384, 1024), device="cuda"))
+    x = torch.randn(300, 1024, device="cuda", dtype=torch.bfloat16)
+    whole = stored.linear(x, "prefill", None, torch.bfloat16)
+    for m in (260, 290):  # the same launch, other rows beyond the last
+        assert torch.equal(stored.linear(x[:m], "prefill", None, torch.bfloat16), whole[:m])
