@@ -92,6 +92,34 @@ def test_the_wholes_rows_are_the_layers_rows_in_their_order(name: str) -> None:
             assert torch.equal(tensors[key], torch.cat([t[key] for t in before], axis))
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("name", ["int4 g128", "uint4 g32 zp", "nvfp4 weights", "nvfp4"])
+@pytest.mark.parametrize("tokens", [1, 64, 256])
+def test_a_window_is_read_at_the_pitch_of_the_whole(
+    name: str, arch: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever kernel a layer alone is given for many tokens: its groups lie as far apart as the whole is wide."""
+    from anybit.kernels.triton import planes, planes_hopper_run
+
+    scheme, chosen = SCHEMES[name]
+    layers = [layer(scheme, chosen, rows, seed) for seed, rows in enumerate((512, 256, 256))]
+    joined(layers)
+    launched: list[list[object]] = []
+
+    def note(kernel: object, arguments: list[object], *more: object, **options: object) -> None:
+        launched.append(list(arguments))
+
+    for module in (planes, planes_hopper_run):
+        monkeypatch.setattr(module, "Launch", note)
+        if hasattr(module, "arch_of"):
+            monkeypatch.setattr(module, "arch_of", lambda device: arch)
+    stored = layers[1].product.stored
+    stored._launched(torch.empty(tokens, K).bfloat16(), None, None, torch.bfloat16)
+    numbers = [a for a in launched[0] if type(a) is int]
+    assert numbers[:2] == [256, 1024]  # rows of the layer, rows of the whole
+    assert numbers[5] in (0, 1024)  # of zero points
+
+
 def test_moving_a_joined_layer_leaves_its_weight_as_it_is() -> None:
     scheme, chosen = SCHEMES["int4 g128"]
     layers = [layer(scheme, chosen, rows, seed) for seed, rows in enumerate(ROWS)]

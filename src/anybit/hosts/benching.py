@@ -26,7 +26,7 @@ from anybit.kernels.request import Request
 from anybit.kernels.trials import sample_weight
 from anybit.planning import measured
 from anybit.planning.choose import Choice, Policy, choose
-from anybit.planning.fit import BETWEEN_SECONDS
+from anybit.planning.fit import BETWEEN_SECONDS, HOSTS_BETWEEN_SECONDS
 from anybit.platforms import Platform
 from anybit.schemes import Layer, Scheme, dense
 
@@ -63,7 +63,8 @@ def decode_speed(
     embedding = cast("nn.Module", model.get_input_embeddings())
     embedding_bytes = list(embedding.parameters())
     weights -= sum(p.nbytes for p in embedding_bytes)  # a step reads one row of it
-    between = CONFIGS[config]["num_hidden_layers"] * BETWEEN_SECONDS[platform.vendor]
+    a_block = (BETWEEN_SECONDS if short else HOSTS_BETWEEN_SECONDS)[platform.vendor]
+    between = CONFIGS[config]["num_hidden_layers"] * a_block
     floor = weights / copy_bandwidth(device) + EMPTY_LAUNCH_SECONDS
     held = meter.held_bytes
     del model

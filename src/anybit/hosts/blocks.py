@@ -10,6 +10,7 @@ the host's code.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final, cast
@@ -256,9 +257,22 @@ def _empty_layer(cache: Any, index: int) -> Any | None:
     return layers[index]
 
 
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The module's forward, without a hold on the module: a cycle would keep a deleted model's memory for a while."""
+    own: Any = module.forward
+    if getattr(own, "__self__", None) is not module:
+        return cast("Callable[..., Any]", own)
+    function, held = own.__func__, weakref.ref(module)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return function(held(), *args, **kwargs)
+
+    return forward
+
+
 def _install(layer: nn.Module, short: ShortWay) -> None:
     """The layer's forward: the short way in the plain case, its own code otherwise."""
-    own: Callable[..., Any] = layer.forward
+    own = own_forward(layer)
     hidden, dim = short.block.hidden, short.block.dim
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ launch is the next block's norm. All of it can be captured in a graph and goes o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -21,7 +21,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from anybit.hosts.blocks import RECORDED, decoder_layers
+from anybit.hosts.blocks import RECORDED, decoder_layers, own_forward
 from anybit.hosts.blocks_parts import Products, products_of
 from anybit.hosts.modules import AnybitLinear
 from anybit.kernels.triton.block import AS_THEY_ARE, Attention, Gate, Norm, Rows
@@ -237,7 +237,7 @@ def _final_norm(model: nn.Module, last: nn.Module, short: ShortWay) -> tuple[nn.
     final = Reader(Norm(weight, eps_of(found)))
     if not is_norm_proven(found, final):
         return None, None
-    own: Callable[..., Any] = found.forward
+    own = own_forward(found)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         made = None if torch.compiler.is_compiling() else final.take(x)
@@ -312,7 +312,7 @@ def _room(layer: Any, tokens: int) -> tuple[Tensor, Tensor]:
 
 def _install(layer: nn.Module, short: ShortWay, follower: nn.Module | None) -> None:
     """The layer's forward: the short way in the plain case, its own code otherwise."""
-    own: Callable[..., Any] = layer.forward
+    own, held = own_forward(layer), weakref.ref(layer)
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not args and not torch.compiler.is_compiling() and _is_plain_call(hidden_states, short, kwargs):
@@ -321,7 +321,9 @@ def _install(layer: nn.Module, short: ShortWay, follower: nn.Module | None) -> N
             found = _layer_of(kwargs["past_key_values"], short.index, short, hidden_states, mask)
             if found is not None:
                 # a hook may look at y, or change it, before the next norm reads it
-                leads = follower is not None and not layer._forward_hooks and not follower._forward_pre_hooks
+                this = held()
+                leads = follower is not None and this is not None and not (
+                    this._forward_hooks or follower._forward_pre_hooks)
                 with _on(hidden_states.device):
                     return short(hidden_states, cosine, sine, found, mask, leads=leads)
         return own(hidden_states, *args, **kwargs)

@@ -118,6 +118,8 @@ class _Probe:
         """True if both halves make what the host's parts do from the same, and store the same."""
         short, hidden = self.short, self.x.shape[2]
         own, kept = (cast("Any", cache.layers[short.index]) for cache in caches)
+        if kept.keys.dtype != self.x.dtype or not short.is_whole:  # a quantized cache, parts with hooks
+            return False
         with _seen(self.layer) as seen:
             wanted = self.host(caches[0], at, mask).reshape(-1, hidden)
         if any(len(found) != 1 for found in seen.values()):

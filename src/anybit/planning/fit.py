@@ -24,8 +24,10 @@ from anybit.schemes import Layer
 USABLE: Final = {"cpu": 0.85, "nvidia": 0.92, "amd": 0.92}
 LINK_BYTES_PER_SECOND: Final = 25e9  # host to device, PCIe 4.0 x16 as measured by most users
 # what a decoder block spends beside its products in a decode step: norms, rotation, attention of a short context.
-# Measured with transformers on an H200 (captured steps of an 8 B model, `anybit bench model`) and on two cores of Zen 5
-BETWEEN_SECONDS: Final = {"cpu": 30e-6, "nvidia": 100e-6, "amd": 100e-6}
+# Measured on an H200 (captured steps of an 8 B model, `anybit bench model`) and on two cores of Zen 5, blocks shortened
+# (hosts/blocks.py, hosts/blocks_gpu.py); AMD as a guess from that. transformers' own block takes 100 us on an H200.
+BETWEEN_SECONDS: Final = {"cpu": 30e-6, "nvidia": 15e-6, "amd": 25e-6}
+HOSTS_BETWEEN_SECONDS: Final = {"cpu": 30e-6, "nvidia": 100e-6, "amd": 100e-6}
 _DEVICES: Final = (1, 2, 4, 8, 16)
 _NO_LIMIT: Final = 2**31
 _LARGEST: Final = 8

@@ -54,7 +54,7 @@ def store_input(
             if DIVIDE:
                 is_tame = (tl.abs(factor) > 7.9e-31) & (tl.abs(factor) < 1.3e36)
                 if is_tame:
-                    v = corrected_quotient(x, factor, tl.div_rn(1.0, factor))
+                    v = corrected_quotient(x, factor, tl.div_rn(1.0, factor), 2)
                 else:
                     v = tl.div_rn(x, tl.where(x == x, factor, factor))
             else:

@@ -244,7 +244,8 @@ class StoredPlanes(Launched):
         if hopper is not None:
             from anybit.kernels.triton.planes_hopper_run import hopper_call
 
-            return hopper_call(hopper, form, rows, self._parts, self._captured, x, factors, bias, out_dtype, quantize)
+            return hopper_call(hopper, form, rows, self._parts, self._pitch(), self._captured, x, factors, bias,
+                               out_dtype, quantize)
         config = configure(form, rows, columns, planned, arch)
         row = self._parts[8]  # stands in for what a specialization does not read
         padded_rows, padded, pitch = row.shape[0], form.padded(columns), self._pitch()

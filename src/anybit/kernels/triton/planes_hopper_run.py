@@ -38,13 +38,14 @@ class AlignedCall(Call):
 
 
 def hopper_call(
-    config: HopperConfig, form: Form, rows: int, parts: list[Tensor], captured: list[Tensor], x: Tensor,
+    config: HopperConfig, form: Form, rows: int, parts: list[Tensor], pitch: int, captured: list[Tensor], x: Tensor,
     factors: Piece | torch.dtype | None, bias: Tensor | None, out_dtype: torch.dtype, quantize: QuantizerPlan | None,
 ) -> Call:  # fmt: skip
     """Launches of calls like this one: x [M, K], or what `quantize` makes of it, times a weight's parts.
 
     rows      N, without padding
     parts     in the order of `planes.PARTS`
+    pitch     how far apart values of neighbouring groups lie
     captured  zeros that graphs count in
     factors   of x's rows, and `quantize` as in `StoredPlanes`
     """
@@ -65,9 +66,9 @@ def hopper_call(
         getattr(planes_hopper, config.kernel),
         [x.dtype if quantize is None else quantize.pieces["codes"], parts[0], parts[3], zeros, row,
          row if factors is None else factors, row if bias is None else bias.dtype, out_dtype, sums,
-         Zeros(tiles, captured) if is_split else row, int, rows, padded_rows, columns, padded,
+         Zeros(tiles, captured) if is_split else row, int, rows, pitch, columns, padded,
          columns if copies else apart,
-         padded_rows if zeros.shape[0] > 1 else 0, half_factor(form, is_half=is_half)],
+         pitch if zeros.shape[0] > 1 else 0, half_factor(form, is_half=is_half)],
         hopper_constants(form, config, columns, has_factors=factors is not None, has_bias=bias is not None),
         x.device, num_warps=config.warps,
     )  # fmt: skip
