@@ -12,6 +12,7 @@ import sys
 import traceback
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -436,3 +437,17 @@ def test_genuine_checkpoints_have_short_ways_that_equal_the_hosts(name: str) -> 
     bits = min((number_format(s.activation.element).bits for s in schemes if s.activation), default=16)
     for kind, found in short.items():
         assert share(found, steps(model, kind)[0]) < (0.3 if bits <= 6 else 0.1 if bits == 8 else ROUNDINGS), kind
+
+
+def test_a_block_whose_weights_moved_goes_the_hosts_way_again() -> None:
+    from anybit.hosts import blocks_gpu
+
+    layer = torch.nn.Linear(4, 4)
+    own = layer.forward
+    layer.forward = lambda x: "short"
+    blocks_gpu._leave_when_moved(layer, SimpleNamespace(weight=layer.weight), own)
+    layer.to("cpu")  # moves nothing
+    assert layer(torch.zeros(1, 4)) == "short"
+    layer.double()
+    assert layer.forward == own
+    assert "_apply" not in layer.__dict__

@@ -18,6 +18,7 @@ from anybit.hosts.modules import AnybitExperts, AnybitLinear
 from anybit.kernels.catalogue import implementation, kernel
 from anybit.kernels.product import product_of
 from anybit.kernels.trials import sample_weight
+from anybit.kernels.triton.experts import stack_of
 from anybit.kernels.triton.segments import Segments
 from anybit.schemes import Layer, dense
 
@@ -67,6 +68,33 @@ def test_the_scales_of_a_segment_lie_together() -> None:
         if expert >= 0:
             part = together[7 * first : 7 * (first + length)].view(7, length)
             assert torch.equal(part, values[:, first : first + length])
+
+
+def test_weights_that_lie_together_stay_where_they_are() -> None:
+    scheme = quantizer("int4_g128").scheme_of(Layer("l", "linear", (64, 256), dense("bfloat16")))
+    assert scheme is not None
+    plan = {"decode": "triton-matvec", "small": "triton-fused", "prefill": "triton-fused"}
+    prepare = implementation(kernel("triton-fused")).prepare
+    stored = [prepare(sample_weight(scheme, (64, 256), seed=i), torch.bfloat16, plan) for i in range(3)]
+    wanted = [one.dequantize() for one in stored]
+    assert stack_of(stored, [None] * 3) is not None
+    places = [{name: t.data_ptr() for name, t in one.tensors().items()} for one in stored]
+    assert places[1]["plane_0"] - places[0]["plane_0"] == stored[0].tensors()["plane_0"].nbytes
+    assert stack_of(stored, [None] * 3) is not None
+    assert [{name: t.data_ptr() for name, t in one.tensors().items()} for one in stored] == places
+    assert all(torch.equal(one.dequantize(), w) for one, w in zip(stored, wanted, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_experts_of_no_tokens_and_of_tokens_that_want_gradients() -> None:
+    experts = _experts("int4_g128", 4, 256, 384)
+    index = torch.zeros((0, 2), dtype=torch.int64, device="cuda")
+    none = torch.empty((0, 256), dtype=torch.bfloat16, device="cuda")
+    assert experts(none, index, none[:, :2]).shape == (0, 256)
+    x = torch.randn(3, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.ones(3, 2, device="cuda", dtype=torch.bfloat16)
+    experts(x, torch.zeros((3, 2), dtype=torch.int64, device="cuda"), weights).sum().backward()
+    assert x.grad is not None and bool(x.grad.any())
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ launch is the next block's norm. All of it can be captured in a graph and goes o
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -114,9 +115,9 @@ class ShortWay:
 
     @property
     def is_whole(self) -> bool:
-        """False while another module is in the place of one (an adapter around a product), or a hook watches one."""
+        """False while another module is in the place of one (an adapter), a hook watches one, or a forward is patched."""
         return all(table.get(name) is module and not module._forward_hooks and not module._forward_pre_hooks
-                   for table, name, module in self.found)
+                   and "forward" not in module.__dict__ for table, name, module in self.found)
 
     def __call__(
         self, x: Tensor, cosine: Tensor, sine: Tensor, layer: Any, mask: Tensor | None, *, leads: bool = False
@@ -299,7 +300,8 @@ def _room(layer: Any, tokens: int) -> tuple[Tensor, Tensor]:
                    for a, b in zip(kept, (layer.keys, layer.values), strict=True))
         if same and held + tokens <= kept[0].shape[2]:
             return cast("tuple[Tensor, Tensor]", kept)
-    shape = (*layer.keys.shape[:2], held + max(_ROOM, held // 2), layer.keys.shape[3])
+    layer._anybit_room = kept = None  # freed before more is asked for
+    shape = (*layer.keys.shape[:2], held + max(_ROOM, held // 8), layer.keys.shape[3])
     keys, values = (torch.empty(shape, dtype=layer.keys.dtype, device=layer.keys.device) for _ in range(2))
     keys[:, :, :held] = layer.keys
     values[:, :, :held] = layer.values
@@ -329,6 +331,28 @@ def _install(layer: nn.Module, short: ShortWay, follower: nn.Module | None) -> N
         return own(hidden_states, *args, **kwargs)
 
     layer.forward = forward
+    _leave_when_moved(layer, short, own)
+
+
+def _leave_when_moved(layer: nn.Module, short: ShortWay, own: Callable[..., Any]) -> None:
+    """The host's way again once the layer's weights lie elsewhere (`model.to(device)`).
+
+    Launches hold addresses, and the joined weights are held by the short way alone.
+    """
+    held, where, address = weakref.ref(layer), short.weight.device, short.weight.data_ptr()
+    short_way: list[ShortWay] = [short]
+
+    def moved(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        this = held()
+        assert this is not None
+        type(this)._apply(this, fn, recurse)  # type: ignore[no-untyped-call]
+        if short_way and (short_way[0].weight.device != where or short_way[0].weight.data_ptr() != address):
+            short_way.clear()
+            this.forward = own
+            this.__dict__.pop("_apply", None)
+        return this
+
+    layer._apply = moved  # type: ignore[method-assign]
 
 
 def _is_plain_call(x: Tensor, short: ShortWay, kwargs: dict[str, Any]) -> bool:

@@ -19,6 +19,8 @@ from anybit.errors import DeviceProblem
 from anybit.kernels.linear.tiled_torch import as_bits
 from anybit.kernels.product import Product
 from anybit.kernels.request import REGIMES
+from anybit.kernels.triton.devices import on_device
+from anybit.planning.invariance import looks_at_all_rows
 
 if TYPE_CHECKING:
     from anybit.kernels.triton.experts import Stack
@@ -224,6 +226,8 @@ class AnybitExperts(nn.Module):
 
     def _runs_at_once(self, x: Tensor, index: Tensor) -> bool:
         """True where one launch for all experts is the faster way, or the only one that a graph can record."""
+        if torch.is_grad_enabled() and x.requires_grad:  # the loop's products know their gradients
+            return False
         if not self._stacks or not x.is_cuda or not all(stack.takes(x.dtype) for stack in self._stacks.values()):
             return False
         return index.numel() < _ROWS_OF_ONE * self.num_experts or torch.cuda.is_current_stream_capturing()
@@ -235,8 +239,10 @@ class AnybitExperts(nn.Module):
         chosen = index.shape[-1]
         token = torch.arange(index.numel(), device=x.device) if segments.order is None else segments.order
         rows = x.index_select(0, token // chosen)
-        gated = self._gate(self._together(lambda name, at: self._stacks[name](at, segments), rows))
-        out = segments.back(self._stacks["down_proj"](gated, segments)).view(x.shape[0], chosen, -1)
+        with on_device(x.device):
+            gated = self._gate(self._together(lambda name, at: self._stacks[name](at, segments), rows))
+            out = segments.back(self._stacks["down_proj"](gated, segments))
+        out = out.view(x.shape[0], chosen, out.shape[-1])
         return (out.float() * weights[..., None]).sum(1).to(x.dtype)
 
     # --- what both ways share ---
@@ -287,8 +293,10 @@ def _stack(products: list[AnybitLinear]) -> Stack | None:
 
 def _is_simple(module: AnybitLinear) -> bool:
     product = module.product
-    is_quantized = product.scheme.activation is None or product.stored.quantizes_input
-    return product.pre_scale is None and product.scheme.output is None and is_quantized
+    spec = product.scheme.activation
+    # a statistic of a whole call would be taken over the rows of all experts
+    is_by_row = spec is None or (product.stored.quantizes_input and not looks_at_all_rows(spec))
+    return product.pre_scale is None and product.scheme.output is None and is_by_row
 
 
 def _is_watched(x: Tensor) -> bool:

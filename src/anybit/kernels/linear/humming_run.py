@@ -15,6 +15,7 @@ from anybit.kernels.linear.humming_layout import codes_of, plain_of, scales_of, 
 from anybit.kernels.linear.humming_library import RUNGS, Kernels, Library, library
 from anybit.kernels.linear.tiled_torch import as_bits
 from anybit.kernels.request import Regime
+from anybit.kernels.triton.devices import on_device
 from anybit.kernels.triton.opaque import Opaque
 from anybit.numerics.codec import decode
 from anybit.weights import Dense, QuantizedWeight, Weight, spread
@@ -98,7 +99,8 @@ class StoredHumming(Opaque):
                 factors = found.factor
         x = x.to(torch.float8_e4m3fn if self._takes_codes else self._dtype).contiguous()
         x = x if x.data_ptr() % _ALIGNED == 0 else x.clone()
-        library().launch(self._kernels.table, x, scale, self._parts, out)
+        with on_device(x.device):
+            library().launch(self._kernels.table, x, scale, self._parts, out)
         return factors
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:

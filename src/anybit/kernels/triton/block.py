@@ -117,7 +117,7 @@ class Norm:
         rows = wanted.rows(x)
         total = x if delta is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         counts = 0 if count is None else added
-        key = (x.shape, x.stride(), x.dtype, None if delta is None else delta.stride(), counts, wanted.key)
+        key = (x.shape, x.stride(), x.dtype, x.device, None if delta is None else delta.stride(), counts, wanted.key)
         launch = self._launches.get(key)
         if launch is None:
             launch = remember(self._launches, key, self._launch(x, wanted, delta, counts))
@@ -210,8 +210,8 @@ class Attention:
             mask = mask.contiguous()  # as wide as the cache is long: its strides grow with it
         masked = None if mask is None else (mask.shape[0], *mask.stride()[:3:2]) if isinstance(held, Tensor) else (
             mask.shape[0],)
-        key = (q.shape, q.stride(), k.stride(), v.stride(), q.dtype, cosine.stride(), cosine.shape, keys.shape,
-               keys.stride(), values.stride(), masked, isinstance(held, Tensor))
+        key = (q.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, cosine.stride(), cosine.shape,
+               keys.shape, keys.stride(), values.stride(), masked, isinstance(held, Tensor))
         call = self._calls.get(key)
         if call is None:
             call = remember(self._calls, key, self._call(q, k, v, cosine, keys, values, tokens, mask,

@@ -305,6 +305,7 @@ def decode_attention(
     out_at = (b * T + t).to(tl.int64)[:, None] * (heads * GROUP * DIM) + (h * GROUP + g)[:, None] * DIM + dim[None, :]
     goes = real[:, None] & (dim < DIM)[None, :]
     if SPLITS == 1:
+        total = tl.where(total == 0, 1.0, total)  # a token of padding that sees nothing: 0, as torch says
         tl.store(out_ptr + out_at, (acc / total[:, None]).to(D), mask=goes)
     else:
         place = (pair * SPLITS + split) * ROWS + r
@@ -328,4 +329,5 @@ def decode_attention(
                 sum_all += share * tl.load(peak_ptr + one_place * 2 + 1, cache_modifier=".cg")
                 all_parts += share[:, None] * tl.load(part_ptr + one_place[:, None] * (2 * HALF) + dim[None, :],
                                                       cache_modifier=".cg")
+            sum_all = tl.where(sum_all == 0, 1.0, sum_all)
             tl.store(out_ptr + out_at, (all_parts / sum_all[:, None]).to(D), mask=goes)

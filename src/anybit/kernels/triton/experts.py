@@ -76,7 +76,17 @@ def _behind_each_other(tensors: list[dict[str, Tensor]], unstacked: tuple[str, .
     """The same tensors, those of a name in one allocation; a name at a time, so that little is held twice."""
     each = [dict(one) for one in tensors]
     for name in set(tensors[0]) - set(unstacked):
+        if _lie_together([one[name] for one in tensors]):  # captured graphs know where
+            continue
         whole = torch.stack([one.pop(name) for one in tensors])
         for i, one in enumerate(each):
             one[name] = whole[i]
     return each
+
+
+def _lie_together(tensors: Sequence[Tensor]) -> bool:
+    """True for tensors that are a stack's already."""
+    first, step = tensors[0], tensors[0].nbytes
+    storage = first.untyped_storage().data_ptr()
+    return all(t.is_contiguous() and t.untyped_storage().data_ptr() == storage
+               and t.data_ptr() == first.data_ptr() + i * step for i, t in enumerate(tensors))

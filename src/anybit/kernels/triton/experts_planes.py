@@ -36,7 +36,7 @@ class PlanesStack:
         first = planes[0]
         self.shape = first.shape
         self.quantizes_input = first.quantizes_input
-        self._packed, self._parts = first.packed, first.parts
+        self._packed, self._parts, self._is_half = first.packed, first.parts, first.is_half
         self._biases = biases
         held = first.packed.tensors
         # elements from one expert's tensor to the next one's
@@ -54,7 +54,7 @@ class PlanesStack:
 
     def takes(self, dtype: torch.dtype) -> bool:
         """True for activations whose products are exact in their own dtype, or in that of the quantized ones."""
-        return self.quantizes_input or dtype == torch.bfloat16 or (dtype == torch.float16 and self._packed.is_half)
+        return self.quantizes_input or dtype == torch.bfloat16 or (dtype == torch.float16 and self._is_half)
 
     def __call__(self, x: Tensor, segments: Segments) -> Tensor:
         """Rows x [P, K] in the segments' order, each times its expert's weight: [P, N] in x's dtype.
@@ -114,6 +114,6 @@ def _is_by_row(one: StoredPlanes) -> bool:
 def is_alike(one: StoredPlanes, other: StoredPlanes) -> bool:
     """True if two weights can lie in one stack."""
     return (
-        one.packed.form == other.packed.form and one.shape == other.shape and one.packed.is_half == other.packed.is_half
+        one.packed.form == other.packed.form and one.shape == other.shape and one.is_half == other.is_half
         and one.spec == other.spec and "permutation" not in one.packed.tensors and not one.is_pinned and _is_by_row(one)
     )

@@ -108,6 +108,11 @@ class StoredPlanes(Launched):
         return self._activation
 
     @property
+    def is_half(self) -> bool:
+        """True if products may be computed in float16 here."""
+        return self._is_half
+
+    @property
     def is_pinned(self) -> bool:
         """True where a row's result must not depend on the other rows."""
         return self._is_pinned
