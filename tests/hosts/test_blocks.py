@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -276,3 +279,35 @@ def test_the_chain_steps_aside_where_a_step_is_not_plain(what: str) -> None:
     if what in ("hidden states", "config"):
         assert len(out.hidden_states) == model.config.num_hidden_layers + 1
     assert what != "hook" or heard
+
+
+def test_a_copied_cache_and_its_original_go_on_apart() -> None:
+    model = first()
+    with torch.inference_mode():
+        out = model(torch.arange(3, 10)[None], use_cache=True)
+        cache = out.past_key_values
+        model(torch.tensor([[11]]), past_key_values=cache, use_cache=True)
+        copied = copy.deepcopy(cache)
+        found = [model(torch.tensor([[token]]), past_key_values=held, use_cache=True).logits
+                 for held, token in ((copied, 12), (cache, 13))]
+        host_only(model)
+        wanted = []
+        for token in (12, 13):
+            again = model(torch.arange(3, 10)[None], use_cache=True).past_key_values
+            model(torch.tensor([[11]]), past_key_values=again, use_cache=True)
+            wanted.append(model(torch.tensor([[token]]), past_key_values=again, use_cache=True).logits)
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+def test_a_deleted_model_is_freed_at_once() -> None:
+    model = first()
+    step_logits(model, 2)
+    base = weakref.ref(model.model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert base() is None
+    finally:
+        gc.enable()

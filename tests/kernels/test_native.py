@@ -552,3 +552,20 @@ def test_products_of_many_tokens_with_more_rows_than_an_item_holds(isa: str, thr
             assert_product(planes.gemm(x, 3, shape[0] - 3, out), x, weight.dequantize()[3:])
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_system_without_large_pages_or_addresses_keeps_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anybit.kernels.native import memory
+
+    if memory._ADVICE is None:
+        pytest.skip("no such advice on this system")
+    tensor = torch.arange(4096.0)
+    monkeypatch.setattr(memory, "_last", None)
+    monkeypatch.setattr(memory, "_ADVICE", 12345)  # what such a kernel says of it: EINVAL
+    assert torch.equal(memory.settled(tensor), tensor)
+
+    def none_left(nbytes: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(memory, "_place", none_left)
+    assert memory.settled(tensor) is tensor

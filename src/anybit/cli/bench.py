@@ -17,6 +17,7 @@ from anybit.cli.bench_kernels import Wanted, kernel_rows, numbers, random_shapes
 from anybit.cli.output import make_output
 from anybit.errors import Unsupported
 from anybit.planning import measured
+from anybit.planning.choose import demand_known
 from anybit.platforms import Platform, detect
 
 # (K, N): attention and feed-forward layers of models of 8 and 70 billion weights
@@ -103,6 +104,8 @@ def bench(
 
     if what == "kernels":
         wanted = [k.strip() for k in kernel.split(",")] if kernel else None
+        for name in wanted or ():
+            demand_known(name)
         sizes = tuple(dict.fromkeys([*shapes_of(shapes), *random_shapes(random, seed)]))
         asked = Wanted(platform, place, kind, tuple(names), sizes, tuple(numbers(tokens)), wanted, workers, stop_after)
         head["command"] += f" --shapes {','.join(f'{k}x{n}' for n, k in sizes)} --tokens {tokens}"

@@ -102,10 +102,16 @@ def _prove(
 
 
 def _disqualify(platform: Platform, known: Measured, wrong: list[Proof], output: Output) -> None:
-    """Leave the wrong kernels out of the next plan, and of every later one where the store can be written."""
+    """Leave the wrong kernels out of the next plan, and of every later one where the store can be written.
+
+    A kernel that refused this very weight is not wrong: it is left out of this model's next plan alone.
+    """
+    before = dict(known.disproved)
     known.disproved |= {(proof.kernel, proof.scheme): f"{proof.fault} ({proof.probe})" for proof in wrong}
+    kept = {(proof.kernel, proof.scheme) for proof in wrong if not proof.is_refusal}
+    lasting = {key: text for key, text in known.disproved.items() if key in kept or key in before}
     try:
-        measured.write(platform, known)
+        measured.write(platform, replace(known, disproved=lasting))
     except OSError as error:
         output.warning(f"what was found cannot be kept in {shown(str(measured.path_of(platform)))}: "
                        f"{shown(str(error))}; set ANYBIT_CACHE to a folder that can be written")

@@ -115,7 +115,7 @@ class ShortWay:
 
     @property
     def is_whole(self) -> bool:
-        """False while another module is in the place of one (an adapter), a hook watches one, or a forward is patched."""
+        """False while another module is in the place of one (an adapter), or one is hooked or patched."""
         return all(table.get(name) is module and not module._forward_hooks and not module._forward_pre_hooks
                    and "forward" not in module.__dict__ for table, name, module in self.found)
 

@@ -8,13 +8,14 @@ way, block by block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Mapping
 from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 
-from anybit.hosts.blocks import ShortWay, close, is_plain_layer, room_of
+from anybit.hosts.blocks import ShortWay, close, is_plain_layer, own_forward, room_of
 from anybit.kernels.native.block import Caches, Chain
 
 _PROBE: Final = (1, 2, 3, 5, 7, 4)  # tokens; the last one's step is compared
@@ -43,7 +44,7 @@ def _give(base: nn.Module, layers: list[nn.Module], shorts: list[ShortWay]) -> i
             return 0
     except Exception:  # whatever the host's model is, it is not the one we know
         return 0
-    own: Callable[..., Any] = base.forward
+    own = own_forward(base)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         found = steps(kwargs) if not args else None
@@ -60,7 +61,7 @@ class _Steps:
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         self.output = BaseModelOutputWithPast
-        self._base = cast("Any", base)
+        self._base = cast("Any", weakref.proxy(base))  # a cycle would keep a deleted model for a while
         self._layers = [(layer, short.forward) for layer, short in zip(layers, shorts, strict=True)]
         self._chain = Chain([short.block for short in shorts])
 

@@ -54,6 +54,11 @@ class Proof:
         """True if every probe stayed within its bound."""
         return not self.fault
 
+    @property
+    def is_refusal(self) -> bool:
+        """True where the kernel never ran: it does not hold this weight's values, or memory was short."""
+        return self.fault.startswith(("Unsupported:", "OutOfMemoryError:", "MemoryError:"))
+
     def to_dict(self) -> dict[str, Any]:
         """The proof as data."""
         return {"kernel": self.kernel, "layer": self.layer, "layers": self.layers, "kind": self.kind,

@@ -109,7 +109,10 @@ def as_unit(weights: Sequence[Weight], kernels: Mapping[Regime, str]) -> list[St
     from anybit.kernels.native.planes import from_weight
 
     few = REGIMES["decode"][0]
-    many = ((most, EXPAND if name == MATVEC else name) for most, name in Kernels.of(kernels).steps if most > few)
+    steps = Kernels.of(kernels).steps
+    # a part that is asked alone reads some of the rows, which the product of a decode step cannot
+    later = next((name for _, name in steps if name != MATVEC), EXPAND)
+    many = ((most, later if name == MATVEC else name) for most, name in steps if most > few)
     unit = _Unit(StoredPlanes(from_weight(together), Kernels([(few, MATVEC), *many])), len(quantized))
     parts, start = [], 0
     for number, weight in enumerate(quantized):

@@ -10,6 +10,7 @@ import ctypes
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,6 +131,10 @@ class Caches:
         self.keys = (ctypes.c_void_p * count)(*(keys.data_ptr() for keys, _ in self.rooms))
         self.values = (ctypes.c_void_p * count)(*(values.data_ptr() for _, values in self.rooms))
         self.strides = (ctypes.c_int64 * count)(*(keys.shape[2] * keys.shape[3] for keys, _ in self.rooms))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or what is read back from a file, finds the addresses of its own buffers."""
+        return Caches, (self.rooms,)
 
 
 class Chain:

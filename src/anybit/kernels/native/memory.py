@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import threading
 import weakref
+from contextlib import suppress
 from typing import Final
 
 import torch
@@ -34,7 +35,10 @@ def settled(tensor: Tensor) -> Tensor:
     nbytes = tensor.nbytes
     if _ADVICE is None or nbytes < _SMALL or not tensor.is_contiguous():
         return tensor
-    memory, start = _place(nbytes)
+    try:
+        memory, start = _place(nbytes)
+    except OSError:  # no addresses left (a limit of the shell's)
+        return tensor
     copy = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=start)  # keeps the chunk alive
     return copy.copy_(tensor.view(-1).view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
 
@@ -42,7 +46,8 @@ def settled(tensor: Tensor) -> Tensor:
 def _chunk(size: int) -> mmap.mmap:
     assert _ADVICE is not None  # so this is Linux, which has the flags too
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
-    memory.madvise(_ADVICE)
+    with suppress(OSError):  # a kernel built without large pages
+        memory.madvise(_ADVICE)
     return memory
 
 
