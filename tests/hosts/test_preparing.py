@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import anybit
 from anybit.errors import DeviceProblem, Unsupported
 from anybit.hosts import preparing
+from anybit.hosts.filling import Filler
 from anybit.hosts.preparing import Preparing
 from anybit.kernels.request import Request
 from anybit.kernels.trials import sample_weight
@@ -21,6 +23,7 @@ from anybit.planning.choose import Choice, Policy, choose
 from anybit.platforms import named
 from anybit.schemes import ScaleLevel, Scheme, group
 
+TRIMMED = Path(__file__).parent.parent / "checkpoints" / "trimmed" / "checkpoints"
 INT4 = Scheme("int4", (ScaleLevel("bfloat16", group(128)),))
 ASKED = Request("linear", INT4, (256, 512), "bfloat16")
 WEIGHT = sample_weight(INT4, (256, 512))
@@ -129,3 +132,16 @@ def test_a_single_layer_takes_the_next_best_too_and_says_which(monkeypatch: pyte
     x = torch.randn(3, 128)
     # both add 128 products in float32, in different orders
     assert torch.allclose(made(x), usual(x), rtol=0, atol=2 * 128 * 2.0**-24 * float((x.abs() @ weight.abs().T).max()))
+
+
+def test_a_replayed_plan_gives_way_to_nothing() -> None:
+    folder = next(p for p in sorted(TRIMMED.iterdir()) if p.is_dir())
+    checkpoint = anybit.open(folder)
+    made = anybit.plan(checkpoint, named("cpu"), dtype="float32")
+    again = anybit.plan(checkpoint, named("cpu"), plan=made)
+
+    def filler(followed: Any) -> Filler:
+        return Filler(torch.nn.Module(), checkpoint, followed, None, torch.float32, torch.device)  # type: ignore[arg-type]
+
+    assert not filler(made)._preparing.is_named
+    assert filler(again)._preparing.is_named

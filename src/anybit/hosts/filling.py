@@ -156,7 +156,8 @@ class Filler:
 
     def __post_init__(self) -> None:
         plan = self.plan
-        self._preparing = Preparing(plan.platform, plan.policy, self.dtype, is_named=bool(plan.kernels))
+        is_named = bool(plan.kernels) or plan.is_replayed
+        self._preparing = Preparing(plan.platform, plan.policy, self.dtype, is_named=is_named)
 
     def fill(self, *, with_plain: bool = True) -> None:
         """Install everything; without `with_plain` only modules of ours (transformers loaded the rest)."""

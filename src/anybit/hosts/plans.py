@@ -125,7 +125,7 @@ def _replayed(written: Plan, checkpoint: Checkpoint, platform: Platform, dtype: 
     cache = written.kv_cache
     here = _with_cache(here, checkpoint, "auto" if cache is None or cache["is_executed"] else "none")
     demand_same(written, here)
-    return with_notes(here, f"kernels as written in a plan of {written.platform.title}")
+    return with_notes(replace(here, is_replayed=True), f"kernels as written in a plan of {written.platform.title}")
 
 
 def _with_cache(plan: Plan, checkpoint: Checkpoint, wanted: str) -> Plan:

@@ -200,6 +200,7 @@ class Plan:
     joined    layers that read the same input, and whether they run as one product
     policy    what narrowed the choice
     kernels   the rules of --kernel, as given
+    is_replayed   its kernels are those of a plan that was written before, and no others may run
     """
 
     dialect: str
@@ -214,6 +215,7 @@ class Plan:
     joined: tuple[Unit, ...] = ()
     policy: Policy = field(default_factory=Policy)
     kernels: tuple[str, ...] = ()
+    is_replayed: bool = False
 
     def unit_of(self, layer: str) -> PlanUnit:
         """The unit that a layer belongs to; KeyError for a refused or unknown one."""
