@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -27,6 +26,7 @@ from anybit.hosts.blocks_parts import Products, products_of
 from anybit.hosts.modules import AnybitLinear
 from anybit.kernels.triton.block import AS_THEY_ARE, Attention, Gate, Norm, Rows
 from anybit.kernels.triton.block_launch import LARGEST_M, LARGEST_ROW, needs_row
+from anybit.kernels.triton.devices import on_device
 
 __all__ = ["shorten_steps"]
 
@@ -326,7 +326,7 @@ def _install(layer: nn.Module, short: ShortWay, follower: nn.Module | None) -> N
                 this = held()
                 leads = follower is not None and this is not None and not (
                     this._forward_hooks or follower._forward_pre_hooks)
-                with _on(hidden_states.device):
+                with on_device(hidden_states.device):
                     return short(hidden_states, cosine, sine, found, mask, leads=leads)
         return own(hidden_states, *args, **kwargs)
 
@@ -368,9 +368,3 @@ def _is_plain_call(x: Tensor, short: ShortWay, kwargs: dict[str, Any]) -> bool:
     return kwargs.get("past_key_values") is not None and not any(kwargs.get(name) for name in RECORDED) and all(
         t.dtype == x.dtype and t.shape[1:] == shape and t.shape[0] in (1, x.shape[0]) and t.stride(-1) == 1
         for t in rotation) and rotation[0].stride() == rotation[1].stride()
-
-
-def _on(device: torch.device) -> Any:
-    """Kernels are launched on the current device."""
-    is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
-    return nullcontext() if is_current else torch.cuda.device(device)

@@ -98,7 +98,10 @@ def _here(device: str) -> tuple[Platform, Measured]:
 def _device_of(weight: Tensor | Weight) -> torch.device:
     if isinstance(weight, Tensor):
         return weight.device
-    return weight.tensor.device if isinstance(weight, Dense) else weight.codes.device
+    if isinstance(weight, Dense):
+        return weight.tensor.device
+    stored = weight.stored_codes
+    return stored.device if isinstance(stored, Tensor) else stored.data.device
 
 
 def _canonical(weight: Tensor | Weight, scheme: str | None, bias: Tensor | None) -> Weight:

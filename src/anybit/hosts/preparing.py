@@ -45,7 +45,7 @@ class Preparing:
             choice = self._following(asked, failed) or choice
         while True:
             try:
-                return self._stored(choice, weight), choice
+                return prepared(choice, weight, self.dtype, self.policy), choice
             except (DeviceProblem, Unsupported) as problem:
                 found = dict.fromkeys(_named(choice, asked), problem.problem)
                 failed |= found
@@ -58,17 +58,19 @@ class Preparing:
                               f"({problem.found})", stacklevel=3)
                 choice = following
 
-    def _stored(self, choice: Choice, weight: Weight) -> Stored:
-        prepare = implementation(choice.spec).prepare
-        if self.policy.batch_invariant:
-            return prepare(weight, self.dtype, choice.names, pinned=True)
-        return prepare(weight, self.dtype, choice.names)
-
     def _following(self, asked: Request, failed: _Failed) -> Choice | None:
         """The choice without what failed, under the same policy."""
         policy = replace(self.policy, disproved={**self.policy.disproved, **failed})
         found = choose(asked, self.platform, policy=policy)
         return found if isinstance(found, Choice) else None
+
+
+def prepared(choice: Choice, weight: Weight, dtype: torch.dtype, policy: Policy) -> Stored:
+    """The weight, on its device, in the layout of `choice`; raises what its kernels cannot do."""
+    prepare = implementation(choice.spec).prepare
+    if policy.batch_invariant:
+        return prepare(weight, dtype, choice.names, pinned=True)
+    return prepare(weight, dtype, choice.names)
 
 
 def _named(choice: Choice, asked: Request) -> set[tuple[str, str]]:

@@ -14,7 +14,8 @@ import torch
 
 from anybit.checkpoints.checkpoint import Checkpoint
 from anybit.checkpoints.online import OnlineQuantizer
-from anybit.kernels.catalogue import Stored, implementation
+from anybit.hosts.preparing import prepared
+from anybit.kernels.catalogue import Stored
 from anybit.kernels.product import product_of
 from anybit.kernels.request import Request
 from anybit.kernels.trials import PROBE_TOKENS, Difference, compare, probes
@@ -97,9 +98,7 @@ def _unit_proofs(
                      tried, worst.worst, worst.relative, probe, fault)
 
     try:
-        prepare = implementation(unit.choice.spec).prepare
-        pinned = {"pinned": True} if plan.policy.batch_invariant else {}
-        stored = prepare(weight, dtype, unit.choice.names, **pinned)
+        stored = prepared(unit.choice, weight, dtype, plan.policy)
     except Exception as error:
         yield proof(unit.choice.spec.name, 0, Difference(float("inf"), float("inf")), "prepare", _said(error))
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any, Final
 
 import torch
@@ -181,7 +180,7 @@ def _prepared(made: Library, weight: QuantizedWeight, settings: Settings, dtype:
     (n, k), device = weight.shape, weight.scales[0].device
     factor = _input_factor(weight, device)
     config = made.config(settings, n, k, dtype, device)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on_device(device):
         tensors = made.stored(config, plain_of(weight, settings, dtype, factor))
         tensors["locks"] = torch.zeros(LOCKS, dtype=torch.int32, device=device)
         kernels = made.compile(config, device)
