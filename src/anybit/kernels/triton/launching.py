@@ -26,8 +26,8 @@ from anybit.kernels.triton.straight import READ, straight, version
 from anybit.kernels.triton.zeros import zeros_for
 
 __all__ = [
-    "ALIGNED", "Call", "Described", "Launch", "Piece", "Quantizing", "Zeros", "described", "launch", "remember",
-    "stream_of",
+    "ALIGNED", "Call", "Described", "Given", "Launch", "Piece", "Quantizing", "Zeros", "described", "launch",
+    "remember", "stream_of",
 ]
 
 ALIGNED: Final = 128  # bytes: where pieces of a scratch begin; more than any access wants
@@ -56,6 +56,14 @@ class Described(NamedTuple):
     layout: Any = None
 
 
+class Given(NamedTuple):
+    """A tensor [rows, columns] of this dtype that a call brings, given as a tensor descriptor of Gluon."""
+
+    dtype: torch.dtype
+    block: tuple[int, int]
+    layout: Any
+
+
 class Zeros(NamedTuple):
     """So many int32, zero at the start, which the kernel leaves zero; `kept` holds those that graphs were given."""
 
@@ -65,7 +73,7 @@ class Zeros(NamedTuple):
 
 # an argument that stays (a tensor, a number, a tensor descriptor), or what a call brings: a tensor of this dtype (given
 # in the kernel's order), an integer that the kernel is not specialized on (`int` itself), a part of the scratch, zeros
-Argument = Tensor | float | torch.dtype | type[int] | Piece | Described | Zeros | Any
+Argument = Tensor | float | torch.dtype | type[int] | Piece | Described | Given | Zeros | Any
 
 
 class _Past(NamedTuple):
@@ -73,7 +81,7 @@ class _Past(NamedTuple):
 
     run: Callable[..., object]
     arguments: list[Any]
-    tensors: list[tuple[int, torch.dtype]]
+    tensors: list[tuple[int, torch.dtype, Callable[[int], object] | None]]
     pieces: list[tuple[int, int]]
     described: list[tuple[int, int, Callable[[int], object]]]
     counted: int | None
@@ -111,11 +119,11 @@ class Launch:
         run, arguments, places, pieces, described, count_at, zeros = past
         arguments = arguments.copy()
         arguments[0], arguments[1], arguments[3] = x, y, stream
-        for (place, dtype), tensor in zip(places, tensors, strict=True):
+        for (place, dtype, describe_it), tensor in zip(places, tensors, strict=True):
             address = tensor.data_ptr()
             if address & 15 or tensor.dtype is not dtype or (_IS_HIP and _is_large(tensor)):
                 return self._by_triton(x, y, scratch, tensors, count)
-            arguments[place] = address
+            arguments[place] = address if describe_it is None else describe_it(address)
         if scratch is not None:
             base = scratch.data_ptr()
             if base & 15 or (_IS_HIP and _is_large(scratch)):
@@ -139,6 +147,8 @@ class Launch:
         for place, argument in enumerate(arguments):
             if isinstance(argument, torch.dtype):
                 arguments[place] = next(brought)
+            elif isinstance(argument, Given):
+                arguments[place] = described(next(brought), argument.block, argument.layout)
             elif argument is int:
                 arguments[place] = count
             elif isinstance(argument, Piece):
@@ -158,7 +168,7 @@ class Launch:
 
     def _is_usual(self, scratch: Tensor | None, tensors: Sequence[Tensor]) -> bool:
         """True where this call was specialized on what `__call__` demands of later ones."""
-        dtypes = [argument for argument in self._arguments if isinstance(argument, torch.dtype)]
+        dtypes = [_dtype_of(argument) for argument in self._arguments if isinstance(argument, (torch.dtype, Given))]
         kept = [argument for argument in self._arguments if isinstance(argument, Tensor)]
         every = [*tensors, *([] if scratch is None else [scratch])]
         return (
@@ -172,7 +182,7 @@ class Launch:
         """How later calls go past the launcher: tensors that stay become addresses."""
         given: list[Any] = self._arguments
         every = [*arguments, *(self._constants[name] for name in self._kernel.arg_names[len(arguments) :])]
-        moving = {i: every[i] for i, a in enumerate(given) if isinstance(a, Described)}
+        moving = {i: every[i] for i, a in enumerate(given) if isinstance(a, (Described, Given))}
         made = straight(found, [a.data_ptr() if isinstance(a, Tensor) else a for a in every], moving)
         if made is None:
             return None
@@ -181,9 +191,12 @@ class Launch:
             if isinstance(argument, (torch.dtype, Piece, Zeros)):
                 made.arguments[at[i]] = None  # nothing of this call stays
         return _Past(
-            made.run, made.arguments, [(at[i], a) for i, a in enumerate(given) if isinstance(a, torch.dtype)],
+            made.run, made.arguments,
+            [(at[i], _dtype_of(a), made.describes.get(i)) for i, a in enumerate(given)
+             if isinstance(a, (torch.dtype, Given))],
             [(at[i], a.offset) for i, a in enumerate(given) if isinstance(a, Piece)],
-            [(at[i], given[i].piece.offset, describe) for i, describe in made.describes.items()],
+            [(at[i], given[i].piece.offset, describe) for i, describe in made.describes.items()
+             if isinstance(given[i], Described)],
             next((at[i] for i, a in enumerate(given) if a is int), None),
             next(((at[i], *a) for i, a in enumerate(given) if isinstance(a, Zeros)), None),
         )  # fmt: skip
@@ -228,6 +241,10 @@ def _may_pass(device: torch.device, kernel: Any) -> bool:
     return device.type in _LAUNCHED and _hooks() is not None and not kernel.pre_run_hooks
 
 
+def _dtype_of(brought: torch.dtype | Given) -> torch.dtype:
+    return brought.dtype if isinstance(brought, Given) else brought
+
+
 def _is_large(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() > _LARGEST
 
@@ -246,8 +263,8 @@ def _described(scratch: Tensor | None, argument: Described) -> Any:
     return described(tensor, argument.block, argument.layout)
 
 
-def described(tensor: Tensor, block: tuple[int, int], layout: Any = None) -> Any:
-    """A tensor [rows, columns] as a tensor descriptor; with a layout of shared memory as one of Gluon."""
+def described(tensor: Tensor, block: tuple[int, ...], layout: Any = None) -> Any:
+    """A tensor (of a product, [rows, columns]) as a tensor descriptor; with a layout of its tiles as one of Gluon."""
     if layout is not None:
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 

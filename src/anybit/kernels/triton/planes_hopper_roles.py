@@ -46,8 +46,8 @@ def _copy_x(x, x_tiles, ready, free, M, NP, KP, SHARE, BM: gl.constexpr, BN: gl.
 
 @gluon.jit
 def _copy_w(
-    w, s, z, w_tiles, s_tiles, z_tiles, ready, free, M, NP, KP, z_stride, SHARE, P: gl.constexpr, G: gl.constexpr,
-    R: gl.constexpr, SCALING: gl.constexpr, ZEROS: gl.constexpr, SCALES: gl.constexpr, BM: gl.constexpr,
+    w, s, z, w_tiles, s_tiles, z_tiles, ready, free, M, NP, pitch, KP, z_stride, SHARE, P: gl.constexpr,
+    G: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, ZEROS: gl.constexpr, SCALES: gl.constexpr, BM: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, STREAM: gl.constexpr,
 ):  # fmt: skip
     """The warp that copies what is stored of W, 256 inputs at a time."""
@@ -66,9 +66,9 @@ def _copy_w(
         for j in gl.static_range(SCALES):
             k = block * 256 + j * (256 // SCALES)
             if SCALING == 2:
-                load_tile(s, [k // (4 * P) * NP + first], ready.index(stage), s_tiles.index(stage * SCALES + j))
+                load_tile(s, [k // (4 * P) * pitch + first], ready.index(stage), s_tiles.index(stage * SCALES + j))
             elif SCALING == 1:
-                load_tile(s, [k // G * NP + first], ready.index(stage), s_tiles.index(stage * SCALES + j))
+                load_tile(s, [k // G * pitch + first], ready.index(stage), s_tiles.index(stage * SCALES + j))
             if ZEROS:
                 group = k // G if G > 0 else 0
                 load_tile(z, [group * z_stride + first], ready.index(stage), z_tiles.index(stage * SCALES + j))
@@ -217,11 +217,11 @@ def _multiply(
                 if (u + 1) * U // P % 8 == 0:
                     held = w_tiles.index(after).slice(FIRST, ROWS)
                     words = held.slice((u + 1) % UNITS * U // P // 8 * P, P, dim=1).load(DOT)
-                a = _operand(words, s0, s1, s2, s3, z_tiles, after, FIRST, (u + 1) % UNITS, U, P, R, FOLD, SKIND, ZERO, ZEROS,
-                             SCALES, ROWS, DOT, D)
+                a = _operand(words, s0, s1, s2, s3, z_tiles, after, FIRST, (u + 1) % UNITS, U, P, R, FOLD, SKIND, ZERO,
+                             ZEROS, SCALES, ROWS, DOT, D)
                 # nothing runs beyond a step: the compiler would wait for every product
                 if SCALING == 1:
-                    part = warpgroup_mma_wait(0 if u == UNITS - 1 or (u + 1) * U % (R * P) == 0 else FLIGHT, deps=[run])
+                    part = warpgroup_mma_wait(FLIGHT if u < UNITS - 1 and (u + 1) * U % (R * P) > 0 else 0, deps=[run])
                     if (u + 1) * U % (R * P) == 0:
                         acc = add_scaled(acc, part, scale[:, None], True)
                 else:
@@ -266,10 +266,10 @@ def _multiply(
 
 @gluon.jit(do_not_specialize=["M", "SHARE"])
 def roles_kernel(
-    x, w, s, z, row_ptr, token_ptr, bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, KP, z_stride, mult, SHARE,
-    P: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, SKIND: gl.constexpr, ZERO: gl.constexpr,
-    ZEROS: gl.constexpr, U: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, X_STAGES: gl.constexpr,
-    W_STAGES: gl.constexpr, FLIGHT: gl.constexpr, STREAM: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr,
+    x, w, s, z, row_ptr, token_ptr, bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, pitch, KP, z_stride, mult,
+    SHARE, P: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, SKIND: gl.constexpr,
+    ZERO: gl.constexpr, ZEROS: gl.constexpr, U: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, FLIGHT: gl.constexpr, STREAM: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr,
     WAITS: gl.constexpr,
 ):  # fmt: skip
     """o [M, N] = x [M, K] W^T in tiles of BN rows by BM tokens.
@@ -312,7 +312,7 @@ def roles_kernel(
         (_multiply, (1, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
                      bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, KP, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS,
                      SCALES, U, BM, BN, X_STAGES, W_STAGES, FLIGHT, STREAM, TOKENS, BIAS, WAITS)),
-        (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, KP, z_stride, SHARE, P, G, R, SCALING,
-                   ZEROS, SCALES, BM, BN, W_STAGES, STREAM)),
+        (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, KP, z_stride, SHARE, P, G, R,
+                   SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM)),
         (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, KP, SHARE, BM, BN, X_STAGES, STREAM, WAITS)),
     ], [4, 1, 1], [240, 24, 24])  # fmt: skip
