@@ -21,34 +21,94 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from anybit.kernels.triton.planes_hopper import _NEGATIVE_BF16, _NEGATIVE_FP16, _decoded, _factor
+from anybit.kernels.triton.planes_hopper import _factor
+from anybit.kernels.triton.planes_kernels import _MUL_BF16, _MUL_FP16, _select
 from anybit.kernels.triton.w8a8_hopper_jit import add_scaled, load_tile, step_at, steps_of
 
 
+
+def _minus(type_: str) -> str:
+    """-z * 2^-6 (bf16) or -z * 2^-9 (fp16) for zero points z < 128: the mantissa of 2 + z * 2^-6 is z, too."""
+    body = f"or.b32 t, $1, 0x40004000; mov.b32 u, {_TWICE[type_, -1.0]}; mov.b32 v, 0x40004000;"
+    return "{.reg .b32 t, u, v; " + f"{body} fma.rn.{type_}x2 $0, t, u, v;" + "}"
+
+
+def _integers(byte: int, type_: str) -> str:
+    """A byte of two words as two integers each, times 2^-6 or 2^-9, plus $4 and $6.
+
+    As mantissas of subnormals, in bits 0 to 3 and 4 to 7, they are multiples of a power of two without more ado: the
+    exponent's lowest bit, which bf16 has at bit 7, counts like one of the mantissa.
+    """
+    low, high = _TWICE[type_, "low"], _TWICE[type_, "high"]
+    body = (f"prmt.b32 t, $2, $3, {_select(2 * byte)}; "
+            f"and.b32 u, t, 0x000F000F; mov.b32 v, {low}; fma.rn.{type_}x2 $0, u, v, $4; "
+            f"and.b32 u, t, 0x00F000F0; mov.b32 v, {high}; fma.rn.{type_}x2 $1, u, v, $6;")
+    return "{.reg .b32 t, u, v; " + body + "}"
+
+
+def _floats(byte: int, magnitude: int, multiply: str) -> str:
+    """A byte of two words as two e2m1 each, times $4 and $6; `magnitude` is where D's field of them begins."""
+    mask = f"0x{0x00070007 << magnitude:08X}"
+    first, second = multiply.replace("t, $3", "w, $4"), multiply.replace("t, $3", "w, $6").replace("$0", "$1")
+    body = (f"prmt.b32 t, $2, $3, {_select(2 * byte)}; "
+            f"shl.b32 u, t, 12; and.b32 u, u, 0x80008000; shl.b32 w, t, {magnitude}; lop3.b32 w, w, {mask}, u, 0xEA; "
+            f"{first} and.b32 u, t, 0x80008000; shl.b32 w, t, {magnitude - 4}; lop3.b32 w, w, {mask}, u, 0xEA; {second}")
+    return "{.reg .b32 t, u, w; " + body + "}"
+
+
+# numbers twice in 32 bits: -1, and what makes codes in the low and high half of a byte multiples of 2^-6, or 2^-9
+_TWICE = {
+    ("bf16", -1.0): "0xBF80BF80", ("bf16", "low"): "0x7F007F00", ("bf16", "high"): "0x7D007D00",
+    ("f16", -1.0): "0xBC00BC00", ("f16", "low"): "0x78007800", ("f16", "high"): "0x68006800",
+}  # fmt: skip
+_MINUS_BF16, _MINUS_FP16 = gl.constexpr(_minus("bf16")), gl.constexpr(_minus("f16"))
+_INTEGERS_BF16 = gl.constexpr(tuple(_integers(i, "bf16") for i in range(4)))
+_INTEGERS_FP16 = gl.constexpr(tuple(_integers(i, "f16") for i in range(4)))
+_FLOATS_BF16 = gl.constexpr(tuple(_floats(i, 6, _MUL_BF16) for i in range(4)))
+_FLOATS_FP16 = gl.constexpr(tuple(_floats(i, 9, _MUL_FP16) for i in range(4)))
+
+
 @gluon.jit
-def _copy_x(x, x_tiles, ready, free, M, NP, KP, SHARE, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-            STREAM: gl.constexpr, WAITS: gl.constexpr):
-    """The warp that copies x, 64 inputs at a time; what lies beyond it becomes zeros."""
+def _after(place, phase, PLACES: gl.constexpr):
+    """The next place of a ring, and its phase."""
+    wraps = (place == PLACES - 1).to(gl.int32)
+    return place + 1 - wraps * PLACES, phase ^ wraps
+
+
+@gluon.jit
+def _copy_x(x, x_tiles, ready, free, M, NP, KP, SHARE, BM: gl.constexpr, BN: gl.constexpr, XW: gl.constexpr,
+            X_RING: gl.constexpr, STREAM: gl.constexpr, WAITS: gl.constexpr):
+    """The warp that copies x; what lies beyond it becomes zeros."""
+    STAGES: gl.constexpr = 256 // XW  # of a step
+    BOXES: gl.constexpr = XW // 64
     if WAITS:
         tl.extra.cuda.gdc_wait()
     tiles_m = gl.cdiv(M, BM)
     blocks = gl.cdiv(KP, 256)
     steps = steps_of(tiles_m * gl.cdiv(NP, BN), blocks, SHARE, STREAM)
-    for i in range(steps):
-        tile, block = step_at(i, blocks, SHARE, STREAM)
-        for q in gl.static_range(4):
-            at = 4 * i + q
-            stage = at % STAGES
-            mbarrier.wait(free.index(stage), ((at // STAGES) & 1) ^ 1)
-            mbarrier.expect(ready.index(stage), BM * 128)
-            load_tile(x, [tile % tiles_m * BM, block * 256 + q * 64], ready.index(stage), x_tiles.index(stage))
+    place = 0
+    phase = 0
+    i = 0
+    while i < steps:
+        tile, start = step_at(i, blocks, SHARE, STREAM)
+        first = tile % tiles_m * BM
+        for block in range(start, start + gl.minimum(blocks - start, steps - i)):
+            for q in gl.static_range(STAGES):
+                stage = place * STAGES + q
+                mbarrier.wait(free.index(stage), phase ^ 1)
+                mbarrier.expect(ready.index(stage), BM * XW * 2)
+                for r in gl.static_range(BOXES):
+                    load_tile(x, [first, block * 256 + q * XW + r * 64], ready.index(stage),
+                              x_tiles.index(stage * BOXES + r))
+            place, phase = _after(place, phase, X_RING)
+            i += 1
 
 
 @gluon.jit
 def _copy_w(
     w, s, z, w_tiles, s_tiles, z_tiles, ready, free, M, NP, pitch, KP, z_stride, SHARE, P: gl.constexpr,
-    G: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, ZEROS: gl.constexpr, SCALES: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr, STAGES: gl.constexpr, STREAM: gl.constexpr,
+    G: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, ZEROS: gl.constexpr, SCALES: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, STREAM: gl.constexpr,
 ):  # fmt: skip
     """The warp that copies what is stored of W, 256 inputs at a time."""
     S_BYTES: gl.constexpr = s_tiles.dtype.primitive_bitwidth // 8 if SCALING > 0 else 0
@@ -56,22 +116,27 @@ def _copy_w(
     tiles_m = gl.cdiv(M, BM)
     blocks = gl.cdiv(KP, 256)
     steps = steps_of(tiles_m * gl.cdiv(NP, BN), blocks, SHARE, STREAM)
-    for i in range(steps):
-        tile, block = step_at(i, blocks, SHARE, STREAM)
+    stage = 0
+    phase = 0
+    i = 0
+    while i < steps:
+        tile, start = step_at(i, blocks, SHARE, STREAM)
         first = tile // tiles_m * BN
-        stage = i % STAGES
-        mbarrier.wait(free.index(stage), ((i // STAGES) & 1) ^ 1)
-        mbarrier.expect(ready.index(stage), BYTES)
-        load_tile(w, [first, block * 32], ready.index(stage), w_tiles.index(stage))
-        for j in gl.static_range(SCALES):
-            k = block * 256 + j * (256 // SCALES)
-            if SCALING == 2:
-                load_tile(s, [k // (4 * P) * pitch + first], ready.index(stage), s_tiles.index(stage * SCALES + j))
-            elif SCALING == 1:
-                load_tile(s, [k // G * pitch + first], ready.index(stage), s_tiles.index(stage * SCALES + j))
-            if ZEROS:
-                group = k // G if G > 0 else 0
-                load_tile(z, [group * z_stride + first], ready.index(stage), z_tiles.index(stage * SCALES + j))
+        for block in range(start, start + gl.minimum(blocks - start, steps - i)):
+            mbarrier.wait(free.index(stage), phase ^ 1)
+            mbarrier.expect(ready.index(stage), BYTES)
+            load_tile(w, [first, block * 32], ready.index(stage), w_tiles.index(stage))
+            for j in gl.static_range(SCALES):
+                k = block * 256 + j * (256 // SCALES)
+                if SCALING == 2:
+                    load_tile(s, [k // (4 * P) * pitch + first], ready.index(stage), s_tiles.index(stage * SCALES + j))
+                elif SCALING == 1:
+                    load_tile(s, [k // G * pitch + first], ready.index(stage), s_tiles.index(stage * SCALES + j))
+                if ZEROS:
+                    group = k // G if G > 0 else 0
+                    load_tile(z, [group * z_stride + first], ready.index(stage), z_tiles.index(stage * SCALES + j))
+            stage, phase = _after(stage, phase, STAGES)
+            i += 1
 
 
 @gluon.jit
@@ -82,47 +147,64 @@ def _beside(a, b, DOT: gl.constexpr):
 
 
 @gluon.jit
-def _zeros_of(z_tiles, at, first, ROWS: gl.constexpr, DOT: gl.constexpr):
-    """Zero points of a team's rows [ROWS], twice in 32 bits."""
-    zero = z_tiles.index(at).slice(first, ROWS).load(gl.SliceLayout(1, DOT)).to(gl.int32)
-    return zero | (zero << 16)
+def _two_fields(words, even, odd, byte: gl.constexpr, FOLD: gl.constexpr, D: gl.constexpr):
+    """Fields 2 * byte and the one after it of words [ROWS, P] as D, with the pair [ROWS] of each (`_pair`) applied.
+
+    Not pure, though it is: so it stays between the products that it stands between.
+    """
+    if gl.bfloat16 == D:
+        return gl.inline_asm_elementwise(_FLOATS_BF16[byte] if FOLD else _INTEGERS_BF16[byte], "=r,=r,r,r,r,r,r,r",
+                                         [words, even[:, None], odd[:, None]], dtype=(gl.bfloat16, gl.bfloat16),
+                                         is_pure=False, pack=2)
+    else:
+        return gl.inline_asm_elementwise(_FLOATS_FP16[byte] if FOLD else _INTEGERS_FP16[byte], "=r,=r,r,r,r,r,r,r",
+                                         [words, even[:, None], odd[:, None]], dtype=(gl.float16, gl.float16),
+                                         is_pure=False, pack=2)
 
 
 @gluon.jit
-def _field(words, s0, s1, s2, s3, z_tiles, stage, first, f: gl.constexpr, R: gl.constexpr, FOLD: gl.constexpr,
-           SKIND: gl.constexpr, ZERO: gl.constexpr, ZEROS: gl.constexpr, SCALES: gl.constexpr, ROWS: gl.constexpr,
-           DOT: gl.constexpr, D: gl.constexpr):
-    """Field f of 256 inputs as D, its folded scales or zero points applied: [ROWS, P]."""
+def _pair(s0, s1, s2, s3, z_tiles, at, first, f: gl.constexpr, FOLD: gl.constexpr, SKIND: gl.constexpr,
+          ZERO: gl.constexpr, ZEROS: gl.constexpr, ROWS: gl.constexpr, DOT: gl.constexpr, D: gl.constexpr):
+    """What field f meets on its way to D, twice in 32 bits: its folded scale, or minus its zero point, scaled down."""
     if FOLD:
-        pair = _factor(s0 if f < 4 else s1 if f < 8 else s2 if f < 12 else s3, f % 4, SKIND, D)
+        return _factor(s0 if f < 4 else s1 if f < 8 else s2 if f < 12 else s3, f % 4, SKIND, D)
     else:
         if ZEROS:
-            zero = _zeros_of(z_tiles, stage * SCALES + f // R, first, ROWS, DOT)
+            zero = z_tiles.index(at).slice(first, ROWS).load(gl.SliceLayout(1, DOT)).to(gl.int32)
         else:
             zero = gl.full([ROWS], ZERO, gl.float32, gl.SliceLayout(1, DOT)).to(gl.int32)
-            zero = zero | (zero << 16)
-        pair = zero + (_NEGATIVE_FP16 if gl.float16 == D else _NEGATIVE_BF16)
-    return _decoded(words, pair, f % 8, FOLD, D)
+        return gl.inline_asm_elementwise(_MINUS_BF16 if gl.bfloat16 == D else _MINUS_FP16, "=r,r",
+                                         [zero | (zero << 16)], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def _operand(words, s0, s1, s2, s3, z_tiles, stage, first, u: gl.constexpr, U: gl.constexpr, P: gl.constexpr,
-             R: gl.constexpr, FOLD: gl.constexpr, SKIND: gl.constexpr, ZERO: gl.constexpr, ZEROS: gl.constexpr,
-             SCALES: gl.constexpr, ROWS: gl.constexpr, DOT: gl.constexpr, D: gl.constexpr):
-    """Inputs u * U ... of 256 as D: [ROWS, U], of one field or several."""
+def _fields(words, s0, s1, s2, s3, z_tiles, at, first, f: gl.constexpr, P: gl.constexpr, R: gl.constexpr,
+            FOLD: gl.constexpr, SKIND: gl.constexpr, ZERO: gl.constexpr, ZEROS: gl.constexpr, ROWS: gl.constexpr,
+            DOT: gl.constexpr, D: gl.constexpr):
+    """Field f, an even one, and f + 1 of 256 inputs: [ROWS, P] twice; `at` counts groups of zero points."""
+    even = _pair(s0, s1, s2, s3, z_tiles, at + f // R, first, f, FOLD, SKIND, ZERO, ZEROS, ROWS, DOT, D)
+    odd = even
+    if FOLD or R == 1:
+        odd = _pair(s0, s1, s2, s3, z_tiles, at + (f + 1) // R, first, f + 1, FOLD, SKIND, ZERO, ZEROS, ROWS, DOT, D)
+    return _two_fields(words, even, odd, f % 8 // 2, FOLD, D)
+
+
+@gluon.jit
+def _operands(words, s0, s1, s2, s3, z_tiles, at, first, u: gl.constexpr, U: gl.constexpr, P: gl.constexpr,
+              R: gl.constexpr, FOLD: gl.constexpr, SKIND: gl.constexpr, ZERO: gl.constexpr, ZEROS: gl.constexpr,
+              ROWS: gl.constexpr, DOT: gl.constexpr, D: gl.constexpr):
+    """Inputs u * U ... of 256 as D: [ROWS, U], and what was decoded with them of those after, or the same again."""
     f: gl.constexpr = u * U // P
-    a = _field(words, s0, s1, s2, s3, z_tiles, stage, first, f, R, FOLD, SKIND, ZERO, ZEROS, SCALES, ROWS, DOT, D)
-    if U >= 2 * P:
-        b = _field(words, s0, s1, s2, s3, z_tiles, stage, first, f + 1, R, FOLD, SKIND, ZERO, ZEROS, SCALES, ROWS,
-                   DOT, D)
+    a, b = _fields(words, s0, s1, s2, s3, z_tiles, at, first, f, P, R, FOLD, SKIND, ZERO, ZEROS, ROWS, DOT, D)
+    if U == P:
+        return a, b
+    else:
         a = _beside(a, b, DOT)
-    if U >= 4 * P:
-        c = _field(words, s0, s1, s2, s3, z_tiles, stage, first, f + 2, R, FOLD, SKIND, ZERO, ZEROS, SCALES, ROWS,
-                   DOT, D)
-        d = _field(words, s0, s1, s2, s3, z_tiles, stage, first, f + 3, R, FOLD, SKIND, ZERO, ZEROS, SCALES, ROWS,
-                   DOT, D)
-        a = _beside(a, _beside(c, d, DOT), DOT)
-    return a
+        if U == 4 * P:
+            c, d = _fields(words, s0, s1, s2, s3, z_tiles, at, first, f + 2, P, R, FOLD, SKIND, ZERO, ZEROS, ROWS, DOT,
+                           D)
+            a = _beside(a, _beside(c, d, DOT), DOT)
+        return a, a
 
 
 @gluon.jit
@@ -161,16 +243,17 @@ def _multiply(
     TEAM: gl.constexpr, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
     bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, KP, mult, SHARE,
     P: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, SKIND: gl.constexpr, ZERO: gl.constexpr,
-    ZEROS: gl.constexpr, SCALES: gl.constexpr, U: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, FLIGHT: gl.constexpr, STREAM: gl.constexpr, TOKENS: gl.constexpr,
-    BIAS: gl.constexpr, WAITS: gl.constexpr,
+    ZEROS: gl.constexpr, SCALES: gl.constexpr, U: gl.constexpr, TEAMS: gl.constexpr, BM: gl.constexpr,
+    BN: gl.constexpr, XW: gl.constexpr, X_RING: gl.constexpr, W_STAGES: gl.constexpr, FLIGHT: gl.constexpr,
+    SUMS: gl.constexpr, STREAM: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr, WAITS: gl.constexpr,
 ):  # fmt: skip
-    """A team's work: half of the tiles' rows of W, all their tokens."""
+    """A team's work: its rows of the tiles of W, all their tokens."""
     D: gl.constexpr = x_tiles.dtype
     FOLD: gl.constexpr = SCALING == 2
-    ROWS: gl.constexpr = BN // 2
+    ROWS: gl.constexpr = BN // TEAMS
     FIRST: gl.constexpr = TEAM * ROWS
     UNITS: gl.constexpr = 256 // U
+    X_STAGES: gl.constexpr = 256 // XW  # of a step
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     OF_W: gl.constexpr = gl.SliceLayout(1, MMA)
@@ -183,7 +266,11 @@ def _multiply(
     mbarrier.wait(w_ready.index(0), 0)
     words = w_tiles.index(0).slice(FIRST, ROWS).slice(0, P, dim=1).load(DOT)
     s0, s1, s2, s3 = _folded(s_tiles, 0, FIRST, SCALES, FOLD, ROWS, DOT)
-    a = _operand(words, s0, s1, s2, s3, z_tiles, 0, FIRST, 0, U, P, R, FOLD, SKIND, ZERO, ZEROS, SCALES, ROWS, DOT, D)
+    a, rest = _operands(words, s0, s1, s2, s3, z_tiles, 0, FIRST, 0, U, P, R, FOLD, SKIND, ZERO, ZEROS, ROWS, DOT, D)
+    x_place = 0
+    x_phase = 0
+    stage = 0
+    w_phase = 0
     i = 0
     while i < steps:
         tile, start = step_at(i, blocks, SHARE, STREAM)
@@ -192,50 +279,68 @@ def _multiply(
         count = gl.minimum(blocks - start, steps - i)
         acc = gl.zeros([ROWS, BM], gl.float32, MMA)
         part = acc
+        other = acc
         for _ in range(count):
-            stage = i % W_STAGES
+            # the step after this one; behind the last one the last again
+            is_last = i == steps - 1
+            after, after_phase = _after(stage, w_phase, W_STAGES)
+            after = gl.where(is_last, stage, after)
+            after_phase = gl.where(is_last, w_phase, after_phase)
+            first = x_place * X_STAGES
             for u in gl.static_range(UNITS):
-                at = 4 * i + u * U // 64
-                x_stage = at % X_STAGES
-                if u * U % 64 == 0:
-                    mbarrier.wait(x_ready.index(x_stage), (at // X_STAGES) & 1)
-                b = x_tiles.index(x_stage).slice(u * U % 64, U, dim=1).permute((1, 0))
+                if u * U % XW == 0:
+                    mbarrier.wait(x_ready.index(first + u * U // XW), x_phase)
+                box = x_tiles.index(x_place * 4 + u * U // 64)
+                b = box.slice(u * U % 64, U, dim=1).permute((1, 0))
                 if SCALING == 1:
-                    run = warpgroup_mma(a, b, part, use_acc=u * U % (R * P) > 0, is_async=True)
+                    if u * U % (R * P) == 0:  # a new group
+                        if SUMS == 2:
+                            part, other = other, part
+                        run = warpgroup_mma(a, b, part, use_acc=False, is_async=True)
+                    else:
+                        run = warpgroup_mma(a, b, part, is_async=True)
+                else:
+                    run = warpgroup_mma(a, b, acc, is_async=True)
+                # meanwhile the next operand is decoded
+                if u == UNITS - 1:
+                    mbarrier.wait(w_ready.index(after), after_phase)
+                    s0, s1, s2, s3 = _folded(s_tiles, after, FIRST, SCALES, FOLD, ROWS, DOT)
+                if (u + 1) * U // P % 8 == 0:
+                    held = w_tiles.index(after if u == UNITS - 1 else stage).slice(FIRST, ROWS)
+                    words = held.slice((u + 1) % UNITS * U // P // 8 * P, P, dim=1).load(DOT)
+                if U == P and u % 2 == 0:
+                    a = rest
+                else:
+                    a, rest = _operands(words, s0, s1, s2, s3, z_tiles, (after if u == UNITS - 1 else stage) * SCALES,
+                                        FIRST, (u + 1) % UNITS, U, P, R, FOLD, SKIND, ZERO, ZEROS, ROWS, DOT, D)
+                # nothing runs beyond a step: the compiler would wait for every product
+                if SCALING == 1:
+                    if SUMS == 2 and u > 0 and u * U % (R * P) == 0:  # the sums of the group before
+                        other, run = warpgroup_mma_wait(1, deps=[other, run])
+                        acc = add_scaled(acc, other, scale[:, None], True)
                     if u * U % (R * P) == 0:
                         group = s_tiles.index(stage * SCALES + u * U // (R * P)).slice(FIRST, ROWS)
                         scale = group.load(OF_W).to(gl.float32)
-                else:
-                    run = warpgroup_mma(a, b, acc, is_async=True)
-                # meanwhile the next operand is decoded; behind the last step the last one again
-                after = stage
-                if u == UNITS - 1:
-                    following = gl.minimum(i + 1, steps - 1)
-                    after = following % W_STAGES
-                    mbarrier.wait(w_ready.index(after), (following // W_STAGES) & 1)
-                    s0, s1, s2, s3 = _folded(s_tiles, after, FIRST, SCALES, FOLD, ROWS, DOT)
-                if (u + 1) * U // P % 8 == 0:
-                    held = w_tiles.index(after).slice(FIRST, ROWS)
-                    words = held.slice((u + 1) % UNITS * U // P // 8 * P, P, dim=1).load(DOT)
-                a = _operand(words, s0, s1, s2, s3, z_tiles, after, FIRST, (u + 1) % UNITS, U, P, R, FOLD, SKIND, ZERO,
-                             ZEROS, SCALES, ROWS, DOT, D)
-                # nothing runs beyond a step: the compiler would wait for every product
-                if SCALING == 1:
-                    part = warpgroup_mma_wait(FLIGHT if u < UNITS - 1 and (u + 1) * U % (R * P) > 0 else 0, deps=[run])
-                    if (u + 1) * U % (R * P) == 0:
+                    if (u + 1) * U % (R * P) == 0 and (SUMS == 1 or u == UNITS - 1):
+                        part = warpgroup_mma_wait(0, deps=[run])
                         acc = add_scaled(acc, part, scale[:, None], True)
+                    else:
+                        part = warpgroup_mma_wait(1 if SUMS == 2 else FLIGHT, deps=[run])
                 else:
-                    acc = warpgroup_mma_wait(0 if u == UNITS - 1 else FLIGHT, deps=[run])
-                if FLIGHT == 1 and u * U % 64 == 0 and u > 0:  # what came before this product is through
-                    mbarrier.arrive(x_free.index((at + X_STAGES - 1) % X_STAGES), count=1)
-                if u == UNITS - 1 or (FLIGHT == 0 and (u + 1) * U % 64 == 0):
-                    mbarrier.arrive(x_free.index(x_stage), count=1)
+                    acc = warpgroup_mma_wait(FLIGHT if u < UNITS - 1 else 0, deps=[run])
+                if u * U % XW == 0 and u > 0:  # what came before this product is through
+                    mbarrier.arrive(x_free.index(first + u * U // XW - 1), count=1)
+            mbarrier.arrive(x_free.index(first + X_STAGES - 1), count=1)
             mbarrier.arrive(w_free.index(stage), count=1)
+            stage, w_phase = after, after_phase
+            x_place, x_phase = _after(x_place, x_phase, X_RING)
             i += 1
 
         rm = gl.arange(0, BM, OF_X)
         rn = gl.arange(0, ROWS, OF_W)
         first = pn * BN + FIRST
+        if SCALING < 2:
+            mult *= 64.0 if gl.bfloat16 == D else 512.0  # what decoded integers lack
         acc = (acc * mult) * gl.load(row_ptr + first + rn, mask=first + rn < NP, other=0.0)[:, None]
         if TOKENS:
             acc = acc * gl.load(token_ptr + pm * BM + rm, mask=pm * BM + rm < M, other=0.0)[None, :]
@@ -251,7 +356,7 @@ def _multiply(
                 tl.debug_barrier()
                 earliest = tile * blocks // SHARE
                 latest = (tile * blocks + blocks - 1) // SHARE
-                counter = count_ptr + tile * 2 + TEAM
+                counter = count_ptr + tile * TEAMS + TEAM
                 is_done = gl.atomic_add(counter, 1, sem="acq_rel") == latest - earliest
                 if is_done:
                     gl.store(counter, 0)  # ready for the next call
@@ -268,51 +373,78 @@ def _multiply(
 def roles_kernel(
     x, w, s, z, row_ptr, token_ptr, bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, pitch, KP, z_stride, mult,
     SHARE, P: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, SKIND: gl.constexpr,
-    ZERO: gl.constexpr, ZEROS: gl.constexpr, U: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, FLIGHT: gl.constexpr, STREAM: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr,
-    WAITS: gl.constexpr,
+    ZERO: gl.constexpr, ZEROS: gl.constexpr, U: gl.constexpr, TEAMS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    XW: gl.constexpr, X_RING: gl.constexpr, W_STAGES: gl.constexpr, FLIGHT: gl.constexpr, SUMS: gl.constexpr,
+    STREAM: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr, WAITS: gl.constexpr,
 ):  # fmt: skip
     """o [M, N] = x [M, K] W^T in tiles of BN rows by BM tokens.
 
-    x, w, s, z  tensor descriptors: [M, K], words [NP, KP / 8], scales [.., NP] and zero points [.., NP] of groups
-    part_ptr    sums of parts of K, of two tiles a program at most: [2 * programs, BN, BM]; count_ptr [tiles * 2]
+    x, w, s, z  tensor descriptors: [M, K], words [NP, KP / 8], scales and zero points of groups, in a row
+    part_ptr    sums of parts of K, of two tiles a program at most: [2 * programs, BN, BM]; count_ptr [tiles * TEAMS]
+    pitch       how far apart values of neighbouring groups lie
     SHARE       with STREAM the steps of 256 inputs that a program multiplies
     U           inputs that are multiplied at once: 64, or as many as a group has
-    X_STAGES, W_STAGES  times 64, and 256, inputs in shared memory
-    FLIGHT      products that may run while an operand is decoded beside the one that follows them
+    XW, X_RING  inputs of x that arrive at once, and times 256 inputs of x in shared memory
+    W_STAGES    times 256 inputs of W in shared memory
+    FLIGHT      products that may run while an operand is decoded beside the one that follows them: at most 1
+    SUMS        sums of groups in turn: with 2 those of one are added while the next are made
     WAITS       launched while the kernel that makes x runs, which is waited for here (programmatic dependent launch)
     """
     D: gl.constexpr = x.dtype
     SCALES: gl.constexpr = 0 if SCALING == 0 and not ZEROS else 64 // P if SCALING == 2 else 256 // (R * P)
-    x_tiles = gl.allocate_shared_memory(D, [X_STAGES, BM, 64], x.layout)
+    X_STAGES: gl.constexpr = X_RING * 256 // XW
+    x_tiles = gl.allocate_shared_memory(D, [4 * X_RING, BM, 64], x.layout)
     w_tiles = gl.allocate_shared_memory(gl.int32, [W_STAGES, BN, 32], w.layout)
+    s_tiles = w_tiles
     if SCALING > 0:
         s_tiles = gl.allocate_shared_memory(s.dtype, [W_STAGES * SCALES, BN], s.layout)
-    else:
-        s_tiles = w_tiles
+    z_tiles = w_tiles
     if ZEROS:
         z_tiles = gl.allocate_shared_memory(gl.uint8, [W_STAGES * SCALES, BN], z.layout)
-    else:
-        z_tiles = w_tiles
     x_ready = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
     x_free = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
     w_ready = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
     w_free = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(X_STAGES):
         mbarrier.init(x_ready.index(stage), count=1)
-        mbarrier.init(x_free.index(stage), count=2)
+        mbarrier.init(x_free.index(stage), count=TEAMS)
     for stage in gl.static_range(W_STAGES):
         mbarrier.init(w_ready.index(stage), count=1)
-        mbarrier.init(w_free.index(stage), count=2)
+        mbarrier.init(w_free.index(stage), count=TEAMS)
     fence_async_shared()
-    gl.warp_specialize([
-        (_multiply, (0, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
-                     bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, KP, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS,
-                     SCALES, U, BM, BN, X_STAGES, W_STAGES, FLIGHT, STREAM, TOKENS, BIAS, WAITS)),
-        (_multiply, (1, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
-                     bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, KP, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS,
-                     SCALES, U, BM, BN, X_STAGES, W_STAGES, FLIGHT, STREAM, TOKENS, BIAS, WAITS)),
-        (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, KP, z_stride, SHARE, P, G, R,
-                   SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM)),
-        (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, KP, SHARE, BM, BN, X_STAGES, STREAM, WAITS)),
-    ], [4, 1, 1], [240, 24, 24])  # fmt: skip
+    if TEAMS == 2:
+        gl.warp_specialize([
+            (_multiply, (0, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
+                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, KP, mult, SHARE, P, R, SCALING, SKIND, ZERO,
+                         ZEROS, SCALES, U, TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS,
+                         WAITS)),
+            (_multiply, (1, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
+                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, KP, mult, SHARE, P, R, SCALING, SKIND, ZERO,
+                         ZEROS, SCALES, U, TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS,
+                         WAITS)),
+            (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, KP, z_stride, SHARE, P, G, R,
+                       SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM)),
+            (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, KP, SHARE, BM, BN, XW, X_RING, STREAM, WAITS)),
+        ], [4, 1, 1], [240, 24, 24])
+    else:
+        gl.warp_specialize([
+            (_multiply, (0, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
+                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, KP, mult, SHARE, P, R, SCALING, SKIND, ZERO,
+                         ZEROS, SCALES, U, TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS,
+                         WAITS)),
+            (_multiply, (1, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
+                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, KP, mult, SHARE, P, R, SCALING, SKIND, ZERO,
+                         ZEROS, SCALES, U, TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS,
+                         WAITS)),
+            (_multiply, (2, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
+                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, KP, mult, SHARE, P, R, SCALING, SKIND, ZERO,
+                         ZEROS, SCALES, U, TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS,
+                         WAITS)),
+            (_multiply, (3, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
+                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, KP, mult, SHARE, P, R, SCALING, SKIND, ZERO,
+                         ZEROS, SCALES, U, TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS,
+                         WAITS)),
+            (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, KP, z_stride, SHARE, P, G, R,
+                       SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM)),
+            (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, KP, SHARE, BM, BN, XW, X_RING, STREAM, WAITS)),
+        ], [4, 4, 4, 1, 1], [112, 112, 112, 24, 24])  # fmt: skip
