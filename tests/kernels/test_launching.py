@@ -20,7 +20,7 @@ from anybit.kernels.product import product_of
 from anybit.kernels.request import Request, regime_of
 from anybit.kernels.trials import sample_weight
 from anybit.kernels.triton import launching, zeros
-from anybit.kernels.triton.launching import Call, Launch, Piece, stream_of
+from anybit.kernels.triton.launching import Call, Given, Launch, Piece, stream_of
 from anybit.kernels.triton.straight import straight
 from anybit.planning.choose import Choice, choose
 from anybit.platforms import Platform, detect
@@ -108,6 +108,25 @@ def test_what_does_not_fit_goes_through_triton(device: SimpleNamespace, odd: str
     launch(4, 2, stream_of(0), scratch, (x, out), 3)
     assert len(kernel.by_triton) == 2 and kernel.past == []
     assert kernel.by_triton[1][1][0] is x
+
+
+def test_a_tensor_that_a_call_brings_as_a_descriptor_is_described_anew_at_each_call(device: SimpleNamespace) -> None:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    kernel = Kernel("x", "out", "M")
+    layout = NVMMASharedLayout(128, 16, 2)
+    launch = Launch(kernel, [Given(torch.bfloat16, (16, 64), layout), torch.bfloat16, int], {}, CPU)
+    out = torch.zeros(3, 16, dtype=torch.bfloat16)
+    held = [torch.zeros(3, 80, dtype=torch.bfloat16)[:, :48] for _ in range(2)]
+    for x in held:
+        launch(4, 2, stream_of(0), None, (x, out), 3)
+    described = kernel.by_triton[0][1][0]
+    assert described.base is held[0] and described.block_shape == [16, 64] and described.layout is layout
+    (*_, moved, address, tokens), = kernel.past
+    assert moved.base.data_ptr() == held[1].data_ptr() and (address, tokens) == (out.data_ptr(), 3)
+    assert (moved.shape, moved.strides) == ([3, 48], [80, 1])
+    launch(4, 2, stream_of(0), None, (held[0].half(), out), 3)  # another dtype goes Triton's way
+    assert len(kernel.by_triton) == 2
 
 
 @pytest.mark.parametrize("odd", ["an unaligned first call", "a version that nobody has read", "a hook on the kernel"])

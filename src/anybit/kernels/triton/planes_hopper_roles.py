@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from anybit.kernels.triton.planes_hopper import _factor
+from anybit.kernels.triton.planes_hopper import _barrier, _factor
 from anybit.kernels.triton.planes_kernels import _MUL_BF16, _MUL_FP16, _select
 from anybit.kernels.triton.w8a8_hopper_jit import add_scaled, load_tile, step_at, steps_of
 
@@ -69,14 +69,14 @@ _FLOATS_FP16 = gl.constexpr(tuple(_floats(i, 9, _MUL_FP16) for i in range(4)))
 
 
 @gluon.jit
-def _after(place, phase, PLACES: gl.constexpr):
-    """The next place of a ring, and its phase."""
-    wraps = (place == PLACES - 1).to(gl.int32)
-    return place + 1 - wraps * PLACES, phase ^ wraps
+def _after(place, phase, PLACES: gl.constexpr, STEP: gl.constexpr):
+    """The place of a ring STEP further on, and its phase."""
+    wraps = (place >= PLACES - STEP).to(gl.int32)
+    return place + STEP - wraps * PLACES, phase ^ wraps
 
 
 @gluon.jit
-def _copy_x(x, x_tiles, ready, free, M, NP, KP, SHARE, BM: gl.constexpr, BN: gl.constexpr, XW: gl.constexpr,
+def _copy_x(x, x_tiles, ready, free, M, NP, blocks, SHARE, BM: gl.constexpr, BN: gl.constexpr, XW: gl.constexpr,
             X_RING: gl.constexpr, STREAM: gl.constexpr, WAITS: gl.constexpr):
     """The warp that copies x; what lies beyond it becomes zeros."""
     STAGES: gl.constexpr = 256 // XW  # of a step
@@ -84,7 +84,6 @@ def _copy_x(x, x_tiles, ready, free, M, NP, KP, SHARE, BM: gl.constexpr, BN: gl.
     if WAITS:
         tl.extra.cuda.gdc_wait()
     tiles_m = gl.cdiv(M, BM)
-    blocks = gl.cdiv(KP, 256)
     steps = steps_of(tiles_m * gl.cdiv(NP, BN), blocks, SHARE, STREAM)
     place = 0
     phase = 0
@@ -100,13 +99,13 @@ def _copy_x(x, x_tiles, ready, free, M, NP, KP, SHARE, BM: gl.constexpr, BN: gl.
                 for r in gl.static_range(BOXES):
                     load_tile(x, [first, block * 256 + q * XW + r * 64], ready.index(stage),
                               x_tiles.index(stage * BOXES + r))
-            place, phase = _after(place, phase, X_RING)
+            place, phase = _after(place, phase, X_RING, 1)
             i += 1
 
 
 @gluon.jit
 def _copy_w(
-    w, s, z, w_tiles, s_tiles, z_tiles, ready, free, M, NP, pitch, KP, z_stride, SHARE, P: gl.constexpr,
+    w, s, z, w_tiles, s_tiles, z_tiles, ready, free, M, NP, pitch, blocks, z_stride, SHARE, P: gl.constexpr,
     G: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, ZEROS: gl.constexpr, SCALES: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, STREAM: gl.constexpr,
 ):  # fmt: skip
@@ -114,7 +113,6 @@ def _copy_w(
     S_BYTES: gl.constexpr = s_tiles.dtype.primitive_bitwidth // 8 if SCALING > 0 else 0
     BYTES: gl.constexpr = BN * 128 + SCALES * BN * (S_BYTES + (1 if ZEROS else 0))
     tiles_m = gl.cdiv(M, BM)
-    blocks = gl.cdiv(KP, 256)
     steps = steps_of(tiles_m * gl.cdiv(NP, BN), blocks, SHARE, STREAM)
     stage = 0
     phase = 0
@@ -135,7 +133,7 @@ def _copy_w(
                 if ZEROS:
                     group = k // G if G > 0 else 0
                     load_tile(z, [group * z_stride + first], ready.index(stage), z_tiles.index(stage * SCALES + j))
-            stage, phase = _after(stage, phase, STAGES)
+            stage, phase = _after(stage, phase, STAGES, 1)
             i += 1
 
 
@@ -240,18 +238,20 @@ def _store(acc, o_ptr, bias_ptr, pm, first, M, N, BM: gl.constexpr, ROWS: gl.con
 
 @gluon.jit
 def _multiply(
-    TEAM: gl.constexpr, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
-    bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, KP, mult, SHARE,
+    TEAM: gl.constexpr, sums, full, empty, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
+    bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, blocks, mult, SHARE,
     P: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, SKIND: gl.constexpr, ZERO: gl.constexpr,
-    ZEROS: gl.constexpr, SCALES: gl.constexpr, U: gl.constexpr, TEAMS: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr, XW: gl.constexpr, X_RING: gl.constexpr, W_STAGES: gl.constexpr, FLIGHT: gl.constexpr,
+    ZEROS: gl.constexpr, SCALES: gl.constexpr, U: gl.constexpr, TEAMS: gl.constexpr, TURNS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, XW: gl.constexpr, X_RING: gl.constexpr, W_STAGES: gl.constexpr, FLIGHT: gl.constexpr,
     SUMS: gl.constexpr, STREAM: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr, WAITS: gl.constexpr,
 ):  # fmt: skip
-    """A team's work: its rows of the tiles of W, all their tokens."""
+    """A team's work: its rows of the tiles of W, all their tokens, and of the steps every TURNS-th."""
     D: gl.constexpr = x_tiles.dtype
     FOLD: gl.constexpr = SCALING == 2
-    ROWS: gl.constexpr = BN // TEAMS
-    FIRST: gl.constexpr = TEAM * ROWS
+    ABREAST: gl.constexpr = TEAMS // TURNS  # teams of other rows
+    TURN: gl.constexpr = TEAM // ABREAST
+    ROWS: gl.constexpr = BN // ABREAST
+    FIRST: gl.constexpr = TEAM % ABREAST * ROWS
     UNITS: gl.constexpr = 256 // U
     X_STAGES: gl.constexpr = 256 // XW  # of a step
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
@@ -261,16 +261,17 @@ def _multiply(
     if WAITS:
         tl.extra.cuda.gdc_wait()
     tiles_m = gl.cdiv(M, BM)
-    blocks = gl.cdiv(KP, 256)
     steps = steps_of(tiles_m * gl.cdiv(NP, BN), blocks, SHARE, STREAM)
-    mbarrier.wait(w_ready.index(0), 0)
-    words = w_tiles.index(0).slice(FIRST, ROWS).slice(0, P, dim=1).load(DOT)
-    s0, s1, s2, s3 = _folded(s_tiles, 0, FIRST, SCALES, FOLD, ROWS, DOT)
-    a, rest = _operands(words, s0, s1, s2, s3, z_tiles, 0, FIRST, 0, U, P, R, FOLD, SKIND, ZERO, ZEROS, ROWS, DOT, D)
-    x_place = 0
+    stage = gl.minimum(TURN, steps - 1)  # of the team's next step; where there is none, of any step
+    x_place = stage
     x_phase = 0
-    stage = 0
     w_phase = 0
+    sums_phase = 0
+    mbarrier.wait(w_ready.index(stage), 0)
+    words = w_tiles.index(stage).slice(FIRST, ROWS).slice(0, P, dim=1).load(DOT)
+    s0, s1, s2, s3 = _folded(s_tiles, stage, FIRST, SCALES, FOLD, ROWS, DOT)
+    a, rest = _operands(words, s0, s1, s2, s3, z_tiles, stage * SCALES, FIRST, 0, U, P, R, FOLD, SKIND, ZERO, ZEROS,
+                        ROWS, DOT, D)
     i = 0
     while i < steps:
         tile, start = step_at(i, blocks, SHARE, STREAM)
@@ -280,10 +281,10 @@ def _multiply(
         acc = gl.zeros([ROWS, BM], gl.float32, MMA)
         part = acc
         other = acc
-        for _ in range(count):
-            # the step after this one; behind the last one the last again
-            is_last = i == steps - 1
-            after, after_phase = _after(stage, w_phase, W_STAGES)
+        for step in range(i + (TURN - i % TURNS + TURNS) % TURNS, i + count, TURNS):
+            # the team's step after this one; behind the last one the last again
+            is_last = step >= steps - TURNS
+            after, after_phase = _after(stage, w_phase, W_STAGES, TURNS)
             after = gl.where(is_last, stage, after)
             after_phase = gl.where(is_last, w_phase, after_phase)
             first = x_place * X_STAGES
@@ -333,54 +334,77 @@ def _multiply(
             mbarrier.arrive(x_free.index(first + X_STAGES - 1), count=1)
             mbarrier.arrive(w_free.index(stage), count=1)
             stage, w_phase = after, after_phase
-            x_place, x_phase = _after(x_place, x_phase, X_RING)
-            i += 1
+            x_place, x_phase = _after(x_place, x_phase, X_RING, TURNS)
+        i += count
 
-        rm = gl.arange(0, BM, OF_X)
-        rn = gl.arange(0, ROWS, OF_W)
-        first = pn * BN + FIRST
-        if SCALING < 2:
-            mult *= 64.0 if gl.bfloat16 == D else 512.0  # what decoded integers lack
-        acc = (acc * mult) * gl.load(row_ptr + first + rn, mask=first + rn < NP, other=0.0)[:, None]
-        if TOKENS:
-            acc = acc * gl.load(token_ptr + pm * BM + rm, mask=pm * BM + rm < M, other=0.0)[None, :]
-        is_done = True
-        if STREAM:
-            is_done = count == blocks
-            if count < blocks:  # sums of a part of K, in an order of their own: only the same team reads them again
-                inside = rn[:, None] * BM + rm[None, :]
-                own = part_ptr + FIRST * BM
-                # a program has two parts at most: of its first tile, and of its last one
-                slot = 2 * gl.program_id(0) + (i > count).to(gl.int32)
-                gl.store(own + slot.to(gl.int64) * (BN * BM) + inside, acc, cache_modifier=".cg")
-                tl.debug_barrier()
-                earliest = tile * blocks // SHARE
-                latest = (tile * blocks + blocks - 1) // SHARE
-                counter = count_ptr + tile * TEAMS + TEAM
-                is_done = gl.atomic_add(counter, 1, sem="acq_rel") == latest - earliest
-                if is_done:
-                    gl.store(counter, 0)  # ready for the next call
-                    acc = gl.zeros([ROWS, BM], gl.float32, MMA)
-                    slot = 2 * earliest + (earliest * SHARE < tile * blocks).to(gl.int32)
-                    for program in range(earliest, latest + 1):  # in order, whichever came last: the same bits
-                        acc += gl.load(own + slot.to(gl.int64) * (BN * BM) + inside, cache_modifier=".cg")
-                        slot = 2 * program + 2
-        if is_done:
-            _store(acc, o_ptr, bias_ptr, pm, first, M, N, BM, ROWS, MMA, BIAS)
+        if TURNS > 1:  # the team of the first turn adds the sums of the others, in order
+            for turn in gl.static_range(1, TURNS):
+                place = (turn - 1) * ABREAST + TEAM % ABREAST
+                if TURN == turn:
+                    mbarrier.wait(empty.index(place), sums_phase ^ 1)
+                    sums.index(place).store(acc)
+                    _barrier()
+                    mbarrier.arrive(full.index(place), count=1)
+                elif TURN == 0:
+                    mbarrier.wait(full.index(place), sums_phase)
+                    acc += sums.index(place).load(MMA)
+                    _barrier()
+                    mbarrier.arrive(empty.index(place), count=1)
+            sums_phase ^= 1
+
+        if TURN == 0:
+            rm = gl.arange(0, BM, OF_X)
+            rn = gl.arange(0, ROWS, OF_W)
+            first = pn * BN + FIRST
+            LACKS: gl.constexpr = 1.0 if FOLD else 64.0 if gl.bfloat16 == D else 512.0  # decoded integers
+            acc = (acc * (mult * LACKS)) * gl.load(row_ptr + first + rn, mask=first + rn < NP, other=0.0)[:, None]
+            if TOKENS:
+                acc = acc * gl.load(token_ptr + pm * BM + rm, mask=pm * BM + rm < M, other=0.0)[None, :]
+            is_done = True
+            if STREAM:
+                is_done = count == blocks
+                if count < blocks:  # sums of a part of K, in an order of their own: only the same team reads them again
+                    inside = rn[:, None] * BM + rm[None, :]
+                    own = part_ptr + FIRST * BM
+                    # a program has two parts at most: of its first tile, and of its last one
+                    slot = 2 * gl.program_id(0) + (i > count).to(gl.int32)
+                    gl.store(own + slot.to(gl.int64) * (BN * BM) + inside, acc, cache_modifier=".cg")
+                    tl.debug_barrier()
+                    earliest = tile * blocks // SHARE
+                    latest = (tile * blocks + blocks - 1) // SHARE
+                    counter = count_ptr + tile * ABREAST + TEAM
+                    is_done = gl.atomic_add(counter, 1, sem="acq_rel") == latest - earliest
+                    if is_done:
+                        gl.store(counter, 0)  # ready for the next call
+                        acc = gl.zeros([ROWS, BM], gl.float32, MMA)
+                        # in order, whichever came last: the same bits; two are on the way where registers hold them
+                        AT_ONCE: gl.constexpr = 2 if BM * ROWS <= 64 * 128 and TEAMS == 2 else 1
+                        for program in range(earliest, latest + 1, AT_ONCE):
+                            slot = 2 * program + (program * SHARE < tile * blocks).to(gl.int32)
+                            one = gl.load(own + slot.to(gl.int64) * (BN * BM) + inside, cache_modifier=".cg")
+                            if AT_ONCE == 2:
+                                two = gl.load(own + (2 * program + 2).to(gl.int64) * (BN * BM) + inside,
+                                              mask=program < latest, other=0.0, cache_modifier=".cg")
+                                acc = acc + one
+                                acc = acc + two
+                            else:
+                                acc = acc + one
+            if is_done:
+                _store(acc, o_ptr, bias_ptr, pm, first, M, N, BM, ROWS, MMA, BIAS)
 
 
-@gluon.jit(do_not_specialize=["M", "SHARE"])
+@gluon.jit(do_not_specialize=["M", "SHARE", "blocks"])
 def roles_kernel(
-    x, w, s, z, row_ptr, token_ptr, bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, pitch, KP, z_stride, mult,
+    x, w, s, z, row_ptr, token_ptr, bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, pitch, blocks, z_stride, mult,
     SHARE, P: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, SKIND: gl.constexpr,
-    ZERO: gl.constexpr, ZEROS: gl.constexpr, U: gl.constexpr, TEAMS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    XW: gl.constexpr, X_RING: gl.constexpr, W_STAGES: gl.constexpr, FLIGHT: gl.constexpr, SUMS: gl.constexpr,
+    ZERO: gl.constexpr, ZEROS: gl.constexpr, U: gl.constexpr, TEAMS: gl.constexpr, TURNS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, XW: gl.constexpr, X_RING: gl.constexpr, W_STAGES: gl.constexpr, FLIGHT: gl.constexpr, SUMS: gl.constexpr,
     STREAM: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr, WAITS: gl.constexpr,
 ):  # fmt: skip
     """o [M, N] = x [M, K] W^T in tiles of BN rows by BM tokens.
 
     x, w, s, z  tensor descriptors: [M, K], words [NP, KP / 8], scales and zero points of groups, in a row
-    part_ptr    sums of parts of K, of two tiles a program at most: [2 * programs, BN, BM]; count_ptr [tiles * TEAMS]
+    part_ptr    sums of parts of K, of two tiles a program at most: [2 * programs, BN, BM]; count_ptr [tiles * TEAMS / TURNS]
     pitch       how far apart values of neighbouring groups lie
     SHARE       with STREAM the steps of 256 inputs that a program multiplies
     U           inputs that are multiplied at once: 64, or as many as a group has
@@ -407,44 +431,54 @@ def roles_kernel(
     w_free = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(X_STAGES):
         mbarrier.init(x_ready.index(stage), count=1)
-        mbarrier.init(x_free.index(stage), count=TEAMS)
+        mbarrier.init(x_free.index(stage), count=TEAMS // TURNS)
     for stage in gl.static_range(W_STAGES):
         mbarrier.init(w_ready.index(stage), count=1)
-        mbarrier.init(w_free.index(stage), count=TEAMS)
+        mbarrier.init(w_free.index(stage), count=TEAMS // TURNS)
+    LEFT: gl.constexpr = TEAMS - TEAMS // TURNS if TURNS > 1 else 1  # teams whose sums another adds
+    full = gl.allocate_shared_memory(gl.int64, [LEFT, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [LEFT, 1], mbarrier.MBarrierLayout())
+    sums = x_tiles
+    if TURNS > 1:
+        sums = gl.allocate_shared_memory(gl.float32, [LEFT, BN * TURNS // TEAMS, BM],
+                                         gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+        for team in gl.static_range(LEFT):
+            mbarrier.init(full.index(team), count=1)
+            mbarrier.init(empty.index(team), count=1)
     fence_async_shared()
     if TEAMS == 2:
         gl.warp_specialize([
-            (_multiply, (0, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
-                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, KP, mult, SHARE, P, R, SCALING, SKIND, ZERO,
-                         ZEROS, SCALES, U, TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS,
-                         WAITS)),
-            (_multiply, (1, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
-                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, KP, mult, SHARE, P, R, SCALING, SKIND, ZERO,
-                         ZEROS, SCALES, U, TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS,
-                         WAITS)),
-            (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, KP, z_stride, SHARE, P, G, R,
+            (_multiply, (0, sums, full, empty, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
+                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO,
+                         ZEROS, SCALES, U, TEAMS, TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS,
+                         BIAS, WAITS)),
+            (_multiply, (1, sums, full, empty, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
+                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO,
+                         ZEROS, SCALES, U, TEAMS, TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS,
+                         BIAS, WAITS)),
+            (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, blocks, z_stride, SHARE, P, G, R,
                        SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM)),
-            (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, KP, SHARE, BM, BN, XW, X_RING, STREAM, WAITS)),
+            (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, blocks, SHARE, BM, BN, XW, X_RING, STREAM, WAITS)),
         ], [4, 1, 1], [240, 24, 24])
     else:
         gl.warp_specialize([
-            (_multiply, (0, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
-                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, KP, mult, SHARE, P, R, SCALING, SKIND, ZERO,
-                         ZEROS, SCALES, U, TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS,
-                         WAITS)),
-            (_multiply, (1, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
-                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, KP, mult, SHARE, P, R, SCALING, SKIND, ZERO,
-                         ZEROS, SCALES, U, TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS,
-                         WAITS)),
-            (_multiply, (2, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
-                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, KP, mult, SHARE, P, R, SCALING, SKIND, ZERO,
-                         ZEROS, SCALES, U, TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS,
-                         WAITS)),
-            (_multiply, (3, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
-                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, KP, mult, SHARE, P, R, SCALING, SKIND, ZERO,
-                         ZEROS, SCALES, U, TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS,
-                         WAITS)),
-            (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, KP, z_stride, SHARE, P, G, R,
+            (_multiply, (0, sums, full, empty, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
+                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO,
+                         ZEROS, SCALES, U, TEAMS, TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS,
+                         BIAS, WAITS)),
+            (_multiply, (1, sums, full, empty, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
+                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO,
+                         ZEROS, SCALES, U, TEAMS, TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS,
+                         BIAS, WAITS)),
+            (_multiply, (2, sums, full, empty, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
+                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO,
+                         ZEROS, SCALES, U, TEAMS, TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS,
+                         BIAS, WAITS)),
+            (_multiply, (3, sums, full, empty, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
+                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO,
+                         ZEROS, SCALES, U, TEAMS, TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS,
+                         BIAS, WAITS)),
+            (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, blocks, z_stride, SHARE, P, G, R,
                        SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM)),
-            (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, KP, SHARE, BM, BN, XW, X_RING, STREAM, WAITS)),
+            (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, blocks, SHARE, BM, BN, XW, X_RING, STREAM, WAITS)),
         ], [4, 4, 4, 1, 1], [112, 112, 112, 24, 24])  # fmt: skip

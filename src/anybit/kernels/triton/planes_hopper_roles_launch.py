@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from anybit.kernels.triton.planes_form import Form
 from anybit.kernels.triton.planes_launch import constants
 
-__all__ = [
-    "X_COLUMNS",
-    "RolesConfig",
-    "roles_bytes",
-    "roles_constants",
-    "roles_planned",
-    "scale_layout",
-    "scales_of",
-    "word_layout",
-    "x_layout",
-]
+__all__ = ["X_COLUMNS", "RolesConfig", "roles_bytes", "roles_constants", "roles_planned", "scale_layout", "scales_of",
+           "word_layout", "x_layout"]
 
-X_COLUMNS: Final = 64  # inputs of a stage of x: 128 bytes
+X_COLUMNS: Final = 64  # inputs of a box of x: 128 bytes
 _AT_ONCE: Final = 256  # inputs of a step
 _UNITS: Final = 132
-_STAGE_BYTES: Final = 225_000  # of shared memory; results pass through the rest, and barriers lie there
-_MOST_STAGES: Final = 12
 
 
 @dataclass(frozen=True)
@@ -32,16 +21,21 @@ class RolesConfig:
     """One launch: tile of tokens and rows, and what the kernel's docstring says of the rest.
 
     unit      inputs that are multiplied at once
+    teams     of four warps, which share the tile's rows
+    x_width, x_ring   inputs of x that arrive at once, and steps of x in shared memory
     share     steps that a program multiplies, of all tiles in a row; 0: programs take whole tiles in turn
     programs  with shares
     """
 
     tokens: int
     rows: int
-    unit: int
-    x_stages: int
-    w_stages: int
+    unit: int = 64
+    teams: int = 2
+    x_width: int = 64
+    x_ring: int = 2
+    w_stages: int = 4
     flight: int = 1
+    sums: int = 1
     share: int = 0
     programs: int = 0
 
@@ -59,28 +53,8 @@ class RolesConfig:
         return 2 * self.programs * self.tokens * self.rows
 
 
-def roles_planned(form: Form, rows: int, columns: int, tokens: int) -> RolesConfig | None:
-    """The launch for `tokens` with a weight of `rows` (padded) that `planes_hopper_launch.takes`; pure."""
-    return None
-
-
-def _config(form: Form, tile: tuple[int, int], flight: int, shape: tuple[int, int, int], *, shares: bool,
-            unit: int = 64) -> RolesConfig:
-    """A tile with as many stages as fit, three times 256 inputs of W at least."""
-    (bm, bn), (rows, columns, tokens) = tile, shape
-    unit = min(unit, form.run * form.tile) if form.scaling == "group" else unit
-    made = RolesConfig(bm, bn, unit, 1, 6 if bm * bn <= 64 * 128 else 4 if bm * bn <= 128 * 128 else 3, flight)
-    room = _STAGE_BYTES - roles_bytes(form, made)
-    made = replace(made, x_stages=min(_MOST_STAGES, 1 + room // (bm * 2 * X_COLUMNS)))
-    if not shares:
-        return made
-    steps = made.tiles(tokens, rows) * -(-columns // _AT_ONCE)
-    share = max(-(-steps // _UNITS), 4)
-    return replace(made, share=share, programs=-(-steps // share))
-
-
 def scales_of(form: Form) -> int:
-    """Scales, words of folded scales, or zero points that a row has in 256 inputs."""
+    """Scales, words of folded scales, or zero points that a row has in a step."""
     if form.scaling == "fold":
         return _AT_ONCE // (4 * form.tile)
     return _AT_ONCE // (form.run * form.tile) if form.scaling == "group" or form.has_zeros else 0
@@ -90,7 +64,7 @@ def roles_bytes(form: Form, config: RolesConfig) -> int:
     """Shared memory of the stages."""
     width = 0 if form.scaling == "row" else 4  # at most
     words = config.rows * (_AT_ONCE // 2 + scales_of(form) * (width + form.has_zeros))
-    return config.x_stages * config.tokens * 2 * X_COLUMNS + config.w_stages * words
+    return config.x_ring * config.tokens * 2 * _AT_ONCE + config.w_stages * words
 
 
 def x_layout(config: RolesConfig) -> tuple[int, int, int]:
@@ -112,7 +86,7 @@ def roles_constants(form: Form, config: RolesConfig, *, has_factors: bool, has_b
     """The kernel's compile-time constants."""
     shared = constants(form)
     return {name: shared[name] for name in ("P", "G", "SCALING", "SKIND", "ZERO", "ZEROS")} | {
-        "R": form.run, "U": config.unit, "BM": config.tokens, "BN": config.rows, "X_STAGES": config.x_stages,
-        "W_STAGES": config.w_stages, "FLIGHT": config.flight, "STREAM": config.share > 0, "TOKENS": has_factors,
-        "BIAS": has_bias, "WAITS": False,
+        "R": form.run, "U": config.unit, "TEAMS": config.teams, "BM": config.tokens, "BN": config.rows,
+        "XW": config.x_width, "X_RING": config.x_ring, "W_STAGES": config.w_stages, "FLIGHT": config.flight,
+        "SUMS": config.sums, "STREAM": config.share > 0, "TOKENS": has_factors, "BIAS": has_bias, "WAITS": False,
     }  # fmt: skip

@@ -128,7 +128,7 @@ def _by_roles(
          _in_a_row(parts[3], config.rows) if form.scaling != "row" else row,
          _in_a_row(zeros, config.rows) if form.has_zeros else row, row,
          row if factors is None else factors, row if bias is None else bias.dtype, out_dtype, sums,
-         Zeros(config.tiles(tokens, padded_rows) * 2, captured) if config.share else row, int, rows, padded_rows, pitch,
+         Zeros(config.tiles(tokens, padded_rows) * config.teams, captured) if config.share else row, int, rows, padded_rows, pitch,
          padded, pitch if zeros.shape[0] > 1 else 0,
          half_factor(form, is_half=quantize is None and x.dtype == torch.float16), config.share],
         roles_constants(form, config, has_factors=factors is not None, has_bias=bias is not None),
