@@ -44,6 +44,11 @@ class HopperConfig:
         """Its name in `planes_hopper`."""
         return "many_kernel" if self.steps else "few_kernel"
 
+    @property
+    def waits(self) -> bool:
+        """Launched while the kernel before it ends."""
+        return not self.steps
+
 
 @cache
 def has_gluon() -> bool:
@@ -161,7 +166,7 @@ def hopper_constants(
 ) -> dict[str, Any]:
     """The kernel's compile-time constants."""
     shared = constants(form)
-    steps = {"XS": config.steps} if config.steps else {}
+    steps = {"XS": config.steps} if config.steps else {"WAITS": config.waits}
     return steps | {name: shared[name] for name in ("P", "G", "SCALING", "SKIND", "ZERO", "ZEROS")} | {
         "R": form.run, "BM": config.tokens, "BN": config.rows, "STAGES": config.stages, "FLIGHT": config.flight,
         "SPLIT": config.split > 1, "TOKENS": has_factors, "BIAS": has_bias, "EVEN": columns % _AT_ONCE == 0,
