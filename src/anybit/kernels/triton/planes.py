@@ -28,7 +28,6 @@ from anybit.kernels.triton.planes_launch import (
     constants,
     expansion,
     half_factor,
-    overlaps,
     scratch_rows,
     terms_of,
     waits,
@@ -226,10 +225,9 @@ class StoredPlanes(Launched):
 
     def _direct(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Call:
         """The launches of one product, with its quantizer."""
-        (tokens, columns), (rows, _) = x.shape, self.shape
         if self._quantizer is None:
             return self._launched(x, None, bias, out_dtype)
-        plan = self._quantizer.plan(x, leads=overlaps(tokens, rows, columns, arch_of(x.device)))
+        plan = self._quantizer.plan(x)
         factors = plan.pieces.get("scale", plan.pieces.get("outer"))
         return self._launched(x, factors, bias, out_dtype, plan)
 
@@ -262,7 +260,7 @@ class StoredPlanes(Launched):
             parts = Piece(size, torch.float32)
             size += -(-config.split * tokens * rows * 4 // ALIGNED) * ALIGNED
         is_half = quantize is None and x.dtype == torch.float16
-        is_waiting = waits(tokens, arch)
+        is_waiting = waits(form, tokens, arch, is_quantized=factors is not None or quantize is not None)
         made = Launch(
             matmul_kernel,
             [x.dtype if quantize is None else quantize.pieces["codes"], *self._parts,
