@@ -102,6 +102,8 @@ def _few(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig | Non
     bm, blocks = 8 if tokens <= 8 else 16 if tokens <= 16 else 32, -(-columns // _AT_ONCE)
     is_broad, is_huge = rows >= 12800 and rows % 128 == 0, rows >= 3 * 128 * _MULTIPROCESSORS
     narrow = HopperConfig(bm, 64, stages=2, flight=4 if is_fine else 2)
+    if is_fine and not is_sum and is_huge and tokens > 4 and rows % 128 == 0:
+        narrow = replace(narrow, rows=128)
     is_short = columns <= 8192 or rows <= 3072  # beyond, eight parts of K are too long for one program each
     if is_fine and not is_sum:
         taken = (is_short and rows < 20000) or is_huge if bm == 8 else rows <= (2048 if bm == 32 else 8192) and is_short
