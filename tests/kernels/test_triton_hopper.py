@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from anybit.kernels.linear.triton_planes import _SAMPLES, FUSED, MATVEC
-from anybit.kernels.trials import compare, sample_weight
+from anybit.kernels.trials import Oracle, compare, sample_weight
+from anybit.kernels.triton import planes
 from anybit.kernels.triton import planes_hopper_launch as launch
+from anybit.kernels.triton import planes_hopper_roles_launch as roles_launch
 from anybit.kernels.triton.planes_form import ROWS, form_of
+from anybit.kernels.triton.planes_hopper_roles_launch import RolesConfig, roles_bytes
 from anybit.kernels.triton.planes_launch import SCRATCH_BYTES, scratch_rows
 from anybit.kernels.triton.planes_prepare import pack
 from anybit.platforms.archs import ARCHS
@@ -21,6 +24,9 @@ from anybit.schemes import CHANNEL, Offset, ScaleLevel, Scheme, group
 
 TAKEN = {name: _SAMPLES[name] for name in ("int4 g128", "uint4 g128 zp", "mxfp4", "nvfp4")} | {
     "int4 g32": Scheme("int4", (ScaleLevel("float16", group(32)),)),
+    "uint4 g32 zp": Scheme("uint4", (ScaleLevel("bfloat16", group(32)),), offset=Offset("zero_point", "uint4", group(32))),
+    "int4 g16": Scheme("int4", (ScaleLevel("bfloat16", group(16)),)),
+    "int4 g512": Scheme("int4", (ScaleLevel("float32", group(512)),)),
     "uint4 channel zp": Scheme("uint4", (ScaleLevel("bfloat16", CHANNEL),), offset=Offset("zero_point", "uint4", CHANNEL)),
 }
 SHAPES = [(64, 512), (200, 640), (192, 4096), (1024, 4096), (6144, 4096), (4096, 14336), (13824, 5120), (28672, 4096),
@@ -34,23 +40,53 @@ def test_every_form_has_launches() -> None:
     assert {name for name, *_ in LAUNCHES} == set(TAKEN)
 
 
+FEW = [(name, n, k, m, config) for name, n, k, m, config in LAUNCHES if not isinstance(config, RolesConfig)]
+ROLES = [(name, n, k, m, config) for name, n, k, m, config in LAUNCHES if isinstance(config, RolesConfig)]
+
+
 def test_tiles_cover_the_padded_rows_and_are_what_the_instruction_takes() -> None:
-    for name, n, _, m, config in LAUNCHES:
+    for name, n, _, m, config in FEW:
         assert -(-n // ROWS) * ROWS % config.rows == 0, (name, n, m, config)
         assert config.rows % (16 * config.warps) == 0 and config.warps % 4 == 0
+    for _, _, _, _, config in ROLES:
+        assert config.rows % (64 * (config.teams // config.turns)) == 0 and config.teams in (2, 4)
+    for _, _, _, _, config in LAUNCHES:
         assert config.tokens % 8 == 0 and config.tokens <= 256
 
 
 def test_no_part_of_k_is_without_work() -> None:
-    for name, n, k, m, config in LAUNCHES:
+    for name, n, k, m, config in FEW:
         times = -(-k // 256)
         assert -(-times // config.split) * (config.split - 1) < times, (name, n, k, m, config)
 
 
+def test_programs_share_every_step_once_and_each_has_some() -> None:
+    for name, n, k, m, config in ROLES:
+        steps = config.tiles(m, -(-n // ROWS) * ROWS) * config.blocks
+        assert config.blocks >= -(-k // 256), (name, n, k, m, config)
+        if config.share:
+            assert (config.programs - 1) * config.share < steps <= config.programs * config.share
+            assert config.programs <= 132
+        else:
+            assert config.blocks == -(-k // 256)
+
+
+def test_a_team_has_its_next_words_while_it_multiplies_the_last() -> None:
+    assert all(config.w_stages > config.turns and config.x_ring >= config.turns for *_, config in ROLES)
+
+
 def test_stages_fit_the_shared_memory_and_the_pipeline() -> None:
-    for name, _, k, m, config in LAUNCHES:
+    for name, _, k, m, config in FEW:
         assert launch.shared_bytes(form_of(TAKEN[name], k), config) <= ARCHS["sm_90"].shared_bytes, (name, k, m, config)
-        assert config.stages >= (3 if config.steps else 2)
+        assert config.stages >= 2
+    for name, _, k, m, config in ROLES:
+        assert roles_bytes(form_of(TAKEN[name], k), config) <= ARCHS["sm_90"].shared_bytes - 8192, (name, k, m, config)
+
+
+def test_units_of_products_lie_within_groups() -> None:
+    for name, _, k, _, config in ROLES:
+        group = form_of(TAKEN[name], k).group
+        assert form_of(TAKEN[name], k).scaling != "group" or group % config.unit == 0
 
 
 @pytest.mark.parametrize("name", ["int3 g128", "int8 channel", "q4_k", "q6_k", "mxfp6_e2m3", "nf4 g64", "uint4 g64 float zp"])
@@ -64,23 +100,27 @@ def test_ragged_k_that_cannot_be_copied_16_bytes_at_a_time_is_left_to_the_portab
     assert launch.planned(form, 4096, 4104, 64) is None
 
 
-@pytest.mark.parametrize(("installed", "has"), [("3.4.0", False), ("3.5.1", True), ("3.6.0+git1", True), ("3.9.0", True),
-                                                ("4.0.0", False), ("broken", False), (None, False)])  # fmt: skip
+@pytest.mark.parametrize(("installed", "few", "many"), [
+    ("3.4.0", False, False), ("3.5.1", True, False), ("3.6.0+git1", True, True), ("3.9.0", True, True),
+    ("4.0.0", False, False), ("broken", False, False), (None, False, False),
+])  # fmt: skip
 def test_a_triton_that_the_kernels_were_not_written_for_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, installed: str | None, has: bool
+    monkeypatch: pytest.MonkeyPatch, installed: str | None, few: bool, many: bool
 ) -> None:
     def version(name: str) -> str:
         if installed is None:
             raise launch.PackageNotFoundError(name)
         return installed
 
+    def forget() -> None:
+        launch._triton.cache_clear()
+        launch.hopper_config.cache_clear()
+
     monkeypatch.setattr(launch, "version", version)
-    launch.has_gluon.cache_clear()
-    launch.hopper_config.cache_clear()
-    found = launch.hopper_config(form_of(_SAMPLES["nvfp4"], 4096), 4096, 4096, 64, "sm_90")
-    launch.has_gluon.cache_clear()
-    launch.hopper_config.cache_clear()
-    assert (found is not None) is has
+    forget()
+    found = [launch.hopper_config(form_of(_SAMPLES["int4 g128"], 4096), 4096, 4096, m, "sm_90") for m in (8, 64)]
+    forget()
+    assert [config is not None for config in found] == [few, many]
 
 
 def test_only_sm_90_is_launched_so() -> None:
@@ -140,7 +180,7 @@ def test_zero_blocks_and_scales_far_apart_are_exact(name: str) -> None:
     codes[5:60] = 0
     weight = replace(weight, stored_codes=codes, scales=(scale, *weight.scales[1:]))
     stored = stored_on_gpu(weight)
-    for m in (1, 40, 200, 300):
+    for m in (1, 40, 200, 300, 700):
         x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
         found = compare(weight, lambda x: stored.linear(x, "small", None, x.dtype), x)
         assert found.ok, f"{name} M={m}: {found.fault}"
@@ -150,10 +190,31 @@ def test_zero_blocks_and_scales_far_apart_are_exact(name: str) -> None:
 @pytest.mark.parametrize("m", [3, 40, 150])
 def test_where_rows_of_x_begin_does_not_matter(m: int) -> None:
     stored = stored_on_gpu(sample_weight(TAKEN["int4 g128"], (256, 512), device="cuda"))
-    held = torch.randn(m * 520 + 1, device="cuda", dtype=torch.bfloat16)
-    for x in (held[1:].view(m, 520)[:, :512], held[:-1].view(m, 520)[:, :512], held[1 : 1 + m * 512].view(m, 512)):
+    held = torch.randn(m * 528 + 1, device="cuda", dtype=torch.bfloat16)
+    narrow = held[: m * 520 + 1]
+    for x in (held[:-1].view(m, 528)[:, :512], held[1:].view(m, 528)[:, :512], narrow[1:].view(m, 520)[:, :512],
+              narrow[:-1].view(m, 520)[:, :512], held[1 : 1 + m * 512].view(m, 512)):
         wanted = stored.linear(x.clone(), "small", None, torch.bfloat16)
         assert torch.equal(stored.linear(x, "small", None, torch.bfloat16), wanted)
+
+
+@on_hopper
+@pytest.mark.parametrize("name", TAKEN)
+def test_work_divided_in_any_way_gives_the_same_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tile of the form; whole tiles, parts that begin with one, and shares that begin anywhere; the bits again."""
+    n, k, m = 1000, 4096, 150
+    weight = sample_weight(TAKEN[name], (n, k), device="cuda")
+    oracle = Oracle(weight, x := torch.randn(m, k, device="cuda", dtype=torch.bfloat16))
+    form = form_of(TAKEN[name], k)
+    ways = [config for tile in roles_launch.tiles(form) for _, config in roles_launch.divided(tile, 1024, k, m)]
+    assert {0} < {config.share for config in ways}
+    for config in ways:
+        monkeypatch.setattr(planes, "hopper_config", lambda *_, config=config: config)
+        stored = stored_on_gpu(weight)
+        y = stored.linear(x, "prefill", None, torch.bfloat16)
+        assert not (fault := oracle.difference(y).fault), (config, fault)
+        for _ in range(3):
+            assert torch.equal(stored.linear(x, "prefill", None, torch.bfloat16), y), config
 
 
 @on_hopper

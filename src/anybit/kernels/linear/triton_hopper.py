@@ -1,4 +1,4 @@
-"""What must compile of the kernels in Gluon (`kernels/triton/planes_hopper.py`): a product's cases, carried over.
+"""What must compile of the 4 bit products in Gluon (`planes_hopper.py`, `planes_hopper_roles.py`): a product's cases.
 
 Torch-free. `planes_hopper_launch.py` says which products they take.
 """
@@ -11,13 +11,24 @@ from typing import Final
 from anybit.kernels.compiling import CompileCase
 from anybit.kernels.triton.planes_form import Form
 from anybit.kernels.triton.planes_hopper_launch import hopper_constants, planned
+from anybit.kernels.triton.planes_hopper_roles_launch import (
+    X_COLUMNS,
+    RolesConfig,
+    roles_constants,
+    scale_layout,
+    word_layout,
+    x_layout,
+)
 
 __all__ = ["hopper_case"]
 
 _ARGUMENTS: Final = ("x_ptr", "c0_ptr", "s_ptr", "z_ptr", "row_ptr", "token_ptr", "bias_ptr", "o_ptr", "part_ptr",
                      "count_ptr", "M", "N", "NP", "K", "KP", "x_stride", "z_stride", "mult")
-# ptxas decodes ahead of the products where registers are left, and a little beyond
-_SPILLS: Final = 32
+_OF_ROLES: Final = ("row_ptr", "token_ptr", "bias_ptr", "o_ptr", "part_ptr", "count_ptr", "M", "N", "NP", "z_stride",
+                    "mult")
+# ptxas decodes ahead of the products where registers are left and a little beyond; results of wide tiles have factors too
+_SPILLS: Final = 64
+_BITS: Final = {"bf16": 16, "fp16": 16, "fp32": 32, "i32": 32, "u8": 8}
 
 
 def hopper_case(case: CompileCase, form: Form, shape: tuple[int, int], tokens: int) -> CompileCase | None:
@@ -25,11 +36,34 @@ def hopper_case(case: CompileCase, form: Form, shape: tuple[int, int], tokens: i
     config = planned(form, *shape, tokens) if case.arch == "sm_90" else None
     if config is None:
         return None
-    constants = hopper_constants(form, config, shape[1], has_factors=case.constants["TOKENS"],
-                                 has_bias=case.constants["BIAS"])
+    factors, bias = case.constants["TOKENS"], case.constants["BIAS"]
+    made = replace(case, num_stages=1, expects=("wgmma",), spills=_SPILLS)
+    if isinstance(config, RolesConfig):
+        parts = " in parts" if config.share else ""
+        return replace(
+            made, function="anybit.kernels.triton.planes_hopper_roles:roles_kernel", num_warps=4,
+            label=f"Gluon, {case.label}, {config.tokens} x {config.rows}{parts}", types=_types(case, form, config),
+            constants=roles_constants(form, config, has_factors=factors, has_bias=bias),
+            divisible=(*case.divisible, "pitch"), options={"launch_pdl": True} if config.waits else {},
+        )  # fmt: skip
     return replace(
-        case, function=f"anybit.kernels.triton.planes_hopper:{config.kernel}", label=f"Gluon, {case.label}",
-        types={name: case.types[name] for name in _ARGUMENTS}, constants=constants, num_warps=config.warps,
-        options={"launch_pdl": True} if config.waits else {},
-        num_stages=1, expects=("wgmma",), spills=_SPILLS,
-    )
+        made, function="anybit.kernels.triton.planes_hopper:few_kernel", label=f"Gluon, {case.label}",
+        types={name: case.types[name] for name in _ARGUMENTS}, num_warps=config.warps, options={"launch_pdl": True},
+        constants=hopper_constants(form, config, shape[1], has_factors=factors, has_bias=bias),
+    )  # fmt: skip
+
+
+def _types(case: CompileCase, form: Form, config: RolesConfig) -> dict[str, str]:
+    def described(element: str, block: str, layout: tuple[int, int, int]) -> str:
+        return f"tensordesc<{element}[{block}],NVMMASharedLayout{layout}>"
+
+    x, s = case.types["x_ptr"][1:], case.types["s_ptr"][1:]
+    in_a_row = {
+        name: described(element, str(config.rows), scale_layout(_BITS[element] // 8)) if is_there else "*fp32"
+        for name, element, is_there in (("s", s, form.scaling != "row"), ("z", "u8", form.has_zeros))
+    }
+    return in_a_row | {name: case.types[name] for name in _OF_ROLES} | {
+        "x": described(x, f"{config.tokens}, {X_COLUMNS}", x_layout(config)),
+        "w": described("i32", f"{config.rows}, 32", word_layout(form)),
+        "pitch": "i32", "blocks": "i32", "SHARE": "i32",
+    }  # fmt: skip

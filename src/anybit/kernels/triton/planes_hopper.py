@@ -6,9 +6,8 @@ decoded while the products of those before it run. Same stored layout, same deco
 `planes_kernels`; only codes of 4 bits: integers with float scales of groups (SCALING 1) or rows (0), fp4 with folded
 scales (2). What arrives at once is 256 inputs, 32 words a row: one block, or two of 128 inputs.
 
-`few_kernel` does one after the other; several programs on a multiprocessor fill its gaps. `many_kernel` has a tile so
-large that one program fills it, and lets the next inputs arrive, and their first field be decoded, while the last one
-multiplies.
+`few_kernel` does one after the other; several programs on a multiprocessor fill its gaps. More tokens, for which one
+program fills a multiprocessor: `planes_hopper_roles`.
 """
 
 from __future__ import annotations
@@ -290,126 +289,5 @@ def few_kernel(
         slot = (slot + 1) % STAGES
     if WAITS:
         tl.extra.cuda.gdc_launch_dependents()
-    _finish(acc, row_ptr, token_ptr, bias_ptr, o_ptr, part_ptr, count_ptr, mult, tile, pm, pn, M, N, BM, BN, MMA, SPLIT,
-            TOKENS, BIAS, WARPS)
-
-
-@gluon.jit(do_not_specialize=["M"])
-def many_kernel(
-    x_ptr, c0_ptr, s_ptr, z_ptr, row_ptr, token_ptr, bias_ptr, o_ptr, part_ptr, count_ptr,
-    M, N, NP, K, KP, x_stride, z_stride, mult,
-    P: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, SKIND: gl.constexpr, ZERO: gl.constexpr,
-    ZEROS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, XS: gl.constexpr, STAGES: gl.constexpr,
-    FLIGHT: gl.constexpr, SPLIT: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr, EVEN: gl.constexpr,
-    WARPS: gl.constexpr,
-):  # fmt: skip
-    """o [M, N] = x [M, K] W^T: a tile of BN rows by BM tokens, programs of dimension 1 share K.
-
-    XS      steps in which x of 256 inputs arrives
-    STAGES  steps in shared memory: one is multiplied, one was, the others are under way
-    FLIGHT  as in `few_kernel`
-    """
-    D: gl.constexpr = x_ptr.dtype.element_ty
-    FOLD: gl.constexpr = SCALING == 2
-    F: gl.constexpr = 256 // P
-    FS: gl.constexpr = F // XS  # fields of a step
-    WS: gl.constexpr = (STAGES + XS - 2) // XS + 1  # of 256 inputs each, the words in shared memory
-    SCALES: gl.constexpr = F // 4 if FOLD else F // R
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 16])
-    DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    X_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [XS, 32 // XS], [WARPS, 1], [1, 0])
-    W_COPY: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
-    S_COPY: gl.constexpr = gl.BlockedLayout([2], [32], [WARPS], [0])
-    Z_COPY: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
-    X_SHARED: gl.constexpr = gl.NVMMASharedLayout(2 * P, 16, 2)
-    W_SHARED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
-    S_SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    tile = gl.program_id(0)
-    tiles_m = gl.cdiv(M, BM)
-    pm = tile % tiles_m
-    pn = tile // tiles_m
-    per = gl.cdiv(gl.cdiv(KP, 256), gl.num_programs(1))
-    first = gl.program_id(1) * per
-    last = gl.minimum(first + per, gl.cdiv(KP, 256))
-    # one address each, and offsets of 32 bits beside it: pointers of 64 bits would take the registers of the sums
-    x_rows = gl.arange(0, BM, gl.SliceLayout(1, X_COPY))
-    x_columns = gl.arange(0, 256 // XS, gl.SliceLayout(0, X_COPY))
-    x_from = x_ptr + (pm * BM).to(gl.int64) * x_stride
-    x_offsets = x_rows[:, None] * x_stride + x_columns[None, :]
-    counted = (x_rows < M - pm * BM)[:, None] & (x_columns < 256)[None, :]
-    w_columns = gl.arange(0, 32, gl.SliceLayout(0, W_COPY))
-    w_from = c0_ptr + (pn * BN).to(gl.int64) * (KP // 8)
-    w_offsets = gl.arange(0, BN, gl.SliceLayout(1, W_COPY))[:, None] * (KP // 8) + w_columns[None, :]
-    wide = gl.arange(0, SCALES * BN, S_COPY)
-    z_wide = gl.arange(0, SCALES * BN, Z_COPY)
-    s_from = s_ptr + pn * BN + wide % BN
-    z_from = z_ptr + pn * BN + z_wide % BN
-    x_smem = gl.allocate_shared_memory(D, [STAGES, BM, 256 // XS], X_SHARED)
-    w_smem = gl.allocate_shared_memory(gl.int32, [WS, BN, 32], W_SHARED)
-    s_smem = gl.allocate_shared_memory(s_ptr.dtype.element_ty, [WS, SCALES * BN], S_SHARED)
-    z_smem = gl.allocate_shared_memory(z_ptr.dtype.element_ty, [WS, SCALES * BN if ZEROS else 32], S_SHARED)
-
-    for i in gl.static_range(STAGES - 1):
-        _copy(x_from, x_offsets, w_from, w_offsets, s_from, z_from, x_smem.index(i), w_smem.index(i // XS),
-              s_smem.index(i // XS), z_smem.index(i // XS), first + i // XS, i % XS, first + i // XS < last, counted,
-              x_columns, w_columns, wide, z_wide, K, NP, KP, z_stride, P, G, R, XS, SCALING, ZEROS, BN, EVEN)
-        async_copy.commit_group()
-    acc = gl.zeros([BN, BM], gl.float32, MMA)
-    part = acc
-    slot = 0
-    word_slot = 0
-    async_copy.wait_group(STAGES - 2)
-    fence_async_shared()
-    xs = x_smem.index(0)
-    ws = w_smem.index(0)
-    ss = s_smem.index(0)
-    zs = z_smem.index(0)
-    words = ws.slice(0, P, dim=1).load(DOT)
-    s0, s1, s2, s3 = _scale_words(ss, P, FOLD, BN, DOT)
-    pair = _pair(s0, s1, s2, s3, zs, 0, R, FOLD, SKIND, ZERO, ZEROS, BN, DOT, D)
-    a = _decoded(words, pair, 0, FOLD, D)
-    for b in range(first, last):
-        for f in gl.static_range(F):
-            # field f multiplies
-            xf = xs.slice(f % FS * P, P, dim=1).permute((1, 0))
-            if SCALING == 1:
-                run = warpgroup_mma(a, xf, part, use_acc=f % R > 0, is_async=True)
-                if f % R == 0:
-                    s = ss.slice(f // R * BN, BN).load(gl.SliceLayout(1, MMA)).to(gl.float32)
-            else:
-                run = warpgroup_mma(a, xf, acc, is_async=True)
-            # meanwhile the next step arrives, and the next field is decoded
-            if f % FS == FS - 1:
-                async_copy.wait_group(STAGES - 3)
-                fence_async_shared()
-                into = (word_slot + (f // FS + STAGES - 1) // XS) % WS
-                c = b + (f // FS + STAGES - 1) // XS
-                _copy(x_from, x_offsets, w_from, w_offsets, s_from, z_from,
-                      x_smem.index((slot + STAGES - 1) % STAGES), w_smem.index(into), s_smem.index(into),
-                      z_smem.index(into), c, (f // FS + STAGES - 1) % XS, c < last, counted, x_columns, w_columns, wide,
-                      z_wide, K, NP, KP, z_stride, P, G, R, XS, SCALING, ZEROS, BN, EVEN)
-                async_copy.commit_group()
-                slot = (slot + 1) % STAGES
-                xs = x_smem.index(slot)
-                if f == F - 1:
-                    word_slot = (word_slot + 1) % WS
-                    ws = w_smem.index(word_slot)
-                    ss = s_smem.index(word_slot)
-                    zs = z_smem.index(word_slot)
-                    s0, s1, s2, s3 = _scale_words(ss, P, FOLD, BN, DOT)
-            if f % 8 == 7:
-                words = ws.slice((f + 1) % F // 8 * P, P, dim=1).load(DOT)
-            pair = _pair(s0, s1, s2, s3, zs, (f + 1) % F, R, FOLD, SKIND, ZERO, ZEROS, BN, DOT, D)
-            a = _decoded(words, pair, (f + 1) % 8, FOLD, D)
-            # nothing runs beyond a step: the compiler would wait for every product
-            if SCALING == 1:
-                part = warpgroup_mma_wait(0 if f % FS == FS - 1 or f % R == R - 1 else FLIGHT, deps=[run])
-                if f % R == R - 1:
-                    acc += part * s[:, None]
-            else:
-                acc = warpgroup_mma_wait(0 if f % FS == FS - 1 else FLIGHT, deps=[run])
-    # steps beyond the last one arrive as zeros: not in memory that the results pass through
-    async_copy.wait_group(0)
-    _barrier()
     _finish(acc, row_ptr, token_ptr, bias_ptr, o_ptr, part_ptr, count_ptr, mult, tile, pm, pn, M, N, BM, BN, MMA, SPLIT,
             TOKENS, BIAS, WARPS)

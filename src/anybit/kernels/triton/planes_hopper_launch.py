@@ -1,4 +1,6 @@
-"""How the kernels of `planes_hopper` are launched, torch-free: which forms they take, tiles by shape, constants.
+"""How 4 bit products are launched on sm_90, torch-free: which forms the kernels in Gluon take, tiles by shape, constants.
+
+Up to 32 tokens `planes_hopper`, beyond them `planes_hopper_roles`, whose tiles are in `planes_hopper_roles_launch`.
 
 Where they take a product on sm_90, `planes_launch.configure` is not asked. Measured on an H200 for 4096 x 6144,
 14336 x 4096, 4096 x 28672, 8192 x 57344 and, to see what holds beyond, 5120 x 13824, 4096 x 1024, 2048 x 8192.
@@ -13,51 +15,39 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 from anybit.kernels.triton.planes_form import ROWS, Form
+from anybit.kernels.triton.planes_hopper_roles_launch import RolesConfig, roles_planned
 from anybit.kernels.triton.planes_launch import constants
 
-__all__ = ["HopperConfig", "has_gluon", "hopper_config", "hopper_constants", "planned", "shared_bytes", "takes"]
+__all__ = ["HopperConfig", "hopper_config", "hopper_constants", "planned", "shared_bytes", "takes"]
 
 _ARCH: Final = "sm_90"
 _MULTIPROCESSORS: Final = 132
-_COMPILES: Final = ((3, 5), (3, 9))  # versions of Triton whose Gluon the kernel is written for, first and last
+_FIRST, _LAST = (3, 5), (3, 9)  # versions of Triton whose Gluon the kernels are written for
+_SPECIALIZES: Final = (3, 6)  # the first in which warps are given different work as `planes_hopper_roles` does
 _AT_ONCE: Final = 256  # inputs that the kernels take at once
 _ALIGNED: Final = 16  # what K and the stride of x are multiples of, so that x is copied 16 bytes at a time
 
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """One launch: tile of tokens and rows, parts of K, warps, and what the kernels' docstrings say of the rest.
-
-    steps  0: `few_kernel`, else XS of `many_kernel`
-    """
+    """One launch of `few_kernel`: tile of tokens and rows, parts of K, warps, and what its docstring says of the rest."""
 
     tokens: int
     rows: int
     split: int = 1
     warps: int = 4
-    steps: int = 0
     stages: int = 3
     flight: int = 2
 
-    @property
-    def kernel(self) -> str:
-        """Its name in `planes_hopper`."""
-        return "many_kernel" if self.steps else "few_kernel"
-
-    @property
-    def waits(self) -> bool:
-        """Launched while the kernel before it ends."""
-        return not self.steps
-
 
 @cache
-def has_gluon() -> bool:
-    """True if a Triton is installed whose Gluon compiles the kernel."""
+def _triton() -> tuple[int, int]:
+    """The installed version, as far as Gluon depends on it; (0, 0) without one."""
     try:
         found = re.match(r"(\d+)\.(\d+)", version("triton"))
     except PackageNotFoundError:
-        return False
-    return found is not None and _COMPILES[0] <= (int(found[1]), int(found[2])) <= _COMPILES[1]
+        return 0, 0
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def takes(form: Form) -> bool:
@@ -70,30 +60,27 @@ def takes(form: Form) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def hopper_config(form: Form, rows: int, columns: int, tokens: int, arch: str) -> HopperConfig | None:
+def hopper_config(form: Form, rows: int, columns: int, tokens: int, arch: str) -> HopperConfig | RolesConfig | None:
     """The launch for a product of `tokens` with a weight [rows, columns]; None where `planes_launch` has it."""
-    return planned(form, rows, columns, tokens) if arch == _ARCH and has_gluon() else None
+    if arch != _ARCH or not _FIRST <= _triton() <= _LAST:
+        return None
+    made = planned(form, rows, columns, tokens)
+    return None if isinstance(made, RolesConfig) and _triton() < _SPECIALIZES else made
 
 
-def planned(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig | None:
+def planned(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig | RolesConfig | None:
     """The same, whatever is installed; pure."""
     if columns % _ALIGNED or not takes(form):
         return None
     rows = -(-rows // ROWS) * ROWS
-    if tokens <= 32:
-        return _few(form, rows, columns, tokens)
-    tile = _tile_of_64(rows, columns) if tokens <= 64 else _tile_of_many(form, rows, tokens)
-    tiles = rows // tile.rows * -(-tokens // tile.tokens)
-    return replace(tile, split=_parts(-(-columns // _AT_ONCE), _MULTIPROCESSORS // tiles, 8))
+    return _few(form, rows, columns, tokens) if tokens <= 32 else roles_planned(form, rows, columns, tokens)
 
 
 def shared_bytes(form: Form, config: HopperConfig) -> int:
     """Shared memory of a launch: x, words, and what groups of rows have."""
-    steps = max(config.steps, 1)
-    held = (config.stages + steps - 2) // steps + 1  # of _AT_ONCE inputs
     scales = _AT_ONCE // form.tile // (4 if form.scaling == "fold" else form.run)
     beside = scales * config.rows * (4 + form.has_zeros)
-    return config.stages * config.tokens * 2 * _AT_ONCE // steps + held * (config.rows * _AT_ONCE // 2 + beside)
+    return config.stages * (config.tokens * 2 * _AT_ONCE + config.rows * _AT_ONCE // 2 + beside)
 
 
 def _few(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig | None:
@@ -126,29 +113,6 @@ def _few(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig | Non
     return replace(tile, split=_even_parts(blocks, rows // 128))
 
 
-def _tile_of_64(rows: int, columns: int) -> HopperConfig:
-    if rows * columns <= 2**24:
-        return HopperConfig(64, 64, stages=3)
-    even = HopperConfig(64, 128, warps=8, steps=4, stages=6)
-    return even if rows % 128 == 0 else HopperConfig(64, 64, steps=2, stages=4)
-
-
-def _tile_of_many(form: Form, rows: int, tokens: int) -> HopperConfig:
-    """More than 64 tokens: as many as the registers have room for, beside sums of groups half as many."""
-    if rows % 128 or rows <= 2048:
-        return HopperConfig(128, 64, steps=4, stages=6, flight=1)
-    if form.scaling == "group":
-        return HopperConfig(128, 128, warps=8, steps=4, stages=6, flight=1)
-    if form.group == 16:
-        if rows % 256 == 0 and (rows >= 12800 or rows // 256 * -(-tokens // 128) >= 96):
-            return HopperConfig(128, 256, warps=16, steps=4, stages=6)
-        return HopperConfig(128, 128, warps=8, steps=4, stages=6, flight=4)
-    is_double = -(-tokens // 128) % 2 == 0 and rows // 128 * -(-tokens // 256) >= 96
-    if is_double:
-        return HopperConfig(256, 128, warps=8, steps=4, stages=5, flight=1)
-    return HopperConfig(128, 128, warps=8, steps=4, stages=6, flight=2)
-
-
 def _parts(blocks: int, wanted: int, most: int, least: int = 2) -> int:
     """Parts of K: at most `most`, each with at least `least` times 256 inputs, none without work."""
     split = max(1, min(wanted, most, blocks // least))
@@ -172,9 +136,8 @@ def hopper_constants(
 ) -> dict[str, Any]:
     """The kernel's compile-time constants."""
     shared = constants(form)
-    steps = {"XS": config.steps} if config.steps else {"WAITS": config.waits}
-    return steps | {name: shared[name] for name in ("P", "G", "SCALING", "SKIND", "ZERO", "ZEROS")} | {
+    return {name: shared[name] for name in ("P", "G", "SCALING", "SKIND", "ZERO", "ZEROS")} | {
         "R": form.run, "BM": config.tokens, "BN": config.rows, "STAGES": config.stages, "FLIGHT": config.flight,
         "SPLIT": config.split > 1, "TOKENS": has_factors, "BIAS": has_bias, "EVEN": columns % _AT_ONCE == 0,
-        "WARPS": config.warps,
+        "WARPS": config.warps, "WAITS": True,
     }  # fmt: skip

@@ -26,7 +26,6 @@ from anybit.kernels.triton.planes_kernels import _MUL_BF16, _MUL_FP16, _select
 from anybit.kernels.triton.w8a8_hopper_jit import add_scaled, load_tile, step_at, steps_of
 
 
-
 def _minus(type_: str) -> str:
     """-z * 2^-6 (bf16) or -z * 2^-9 (fp16) for zero points z < 128: the mantissa of 2 + z * 2^-6 is z, too."""
     body = f"or.b32 t, $1, 0x40004000; mov.b32 u, {_TWICE[type_, -1.0]}; mov.b32 v, 0x40004000;"
@@ -47,12 +46,18 @@ def _integers(byte: int, type_: str) -> str:
 
 
 def _floats(byte: int, magnitude: int, multiply: str) -> str:
-    """A byte of two words as two e2m1 each, times $4 and $6; `magnitude` is where D's field of them begins."""
+    """A byte of two words as two e2m1 each, times $4 and $6; `magnitude` is where D's field of them begins.
+
+    The high nibble's sign is where D has it in the byte's copy. The low one is put at both its places by a product,
+    which is free beside the logic; in float16 these places overlap.
+    """
     mask = f"0x{0x00070007 << magnitude:08X}"
     first, second = multiply.replace("t, $3", "w, $4"), multiply.replace("t, $3", "w, $6").replace("$0", "$1")
-    body = (f"prmt.b32 t, $2, $3, {_select(2 * byte)}; "
-            f"shl.b32 u, t, 12; and.b32 u, u, 0x80008000; shl.b32 w, t, {magnitude}; lop3.b32 w, w, {mask}, u, 0xEA; "
-            f"{first} and.b32 u, t, 0x80008000; shl.b32 w, t, {magnitude - 4}; lop3.b32 w, w, {mask}, u, 0xEA; {second}")
+    low = (f"and.b32 w, t, 0x000F000F; mul.lo.u32 w, w, {1 << 12 | 1 << magnitude}; and.b32 w, w, 0x81C081C0;"
+           if magnitude == 6 else
+           f"shl.b32 u, t, 12; and.b32 u, u, 0x80008000; shl.b32 w, t, {magnitude}; lop3.b32 w, w, {mask}, u, 0xEA;")
+    body = (f"prmt.b32 t, $2, $3, {_select(2 * byte)}; {low} {first} "
+            f"and.b32 u, t, 0x80008000; shl.b32 w, t, {magnitude - 4}; lop3.b32 w, w, {mask}, u, 0xEA; {second}")
     return "{.reg .b32 t, u, w; " + body + "}"
 
 
@@ -337,10 +342,12 @@ def _multiply(
             x_place, x_phase = _after(x_place, x_phase, X_RING, TURNS)
         i += count
 
+        if WAITS and TEAM == 0 and i == steps:
+            tl.extra.cuda.gdc_launch_dependents()
         if TURNS > 1:  # the team of the first turn adds the sums of the others, in order
             for turn in gl.static_range(1, TURNS):
                 place = (turn - 1) * ABREAST + TEAM % ABREAST
-                if TURN == turn:
+                if turn == TURN:
                     mbarrier.wait(empty.index(place), sums_phase ^ 1)
                     sums.index(place).store(acc)
                     _barrier()
@@ -412,7 +419,8 @@ def roles_kernel(
     W_STAGES    times 256 inputs of W in shared memory
     FLIGHT      products that may run while an operand is decoded beside the one that follows them: at most 1
     SUMS        sums of groups in turn: with 2 those of one are added while the next are made
-    WAITS       launched while the kernel that makes x runs, which is waited for here (programmatic dependent launch)
+    WAITS       launched while the kernel before it ends, which is waited for once W's first words are on the way; and
+                the next one may be launched when the sums are done (programmatic dependent launch)
     """
     D: gl.constexpr = x.dtype
     SCALES: gl.constexpr = 0 if SCALING == 0 and not ZEROS else 64 // P if SCALING == 2 else 256 // (R * P)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 from anybit.kernels.triton.planes_form import Form
 from anybit.kernels.triton.planes_launch import constants
 
-__all__ = ["X_COLUMNS", "RolesConfig", "roles_bytes", "roles_constants", "roles_planned", "scale_layout", "scales_of",
-           "word_layout", "x_layout"]
+__all__ = ["X_COLUMNS", "RolesConfig", "Tile", "divided", "roles_bytes", "roles_constants", "roles_planned", "scale_layout", "scales_of",
+           "tiles", "word_layout",
+           "x_layout"]
 
 X_COLUMNS: Final = 64  # inputs of a box of x: 128 bytes
 _AT_ONCE: Final = 256  # inputs of a step
 _UNITS: Final = 132
+_STAGE_BYTES: Final = 222_000  # of shared memory: results pass through the rest, and barriers lie there
+_LEAST: Final = 2  # steps that a team has of a part of a tile, at least
+_MOST_PARTS: Final = 8
 
 
 @dataclass(frozen=True)
@@ -21,23 +26,28 @@ class RolesConfig:
     """One launch: tile of tokens and rows, and what the kernel's docstring says of the rest.
 
     unit      inputs that are multiplied at once
-    teams     of four warps, which share the tile's rows
+    teams     of four warps, which share the tile's rows, and in `turns` its steps
     x_width, x_ring   inputs of x that arrive at once, and steps of x in shared memory
+    blocks    steps of a tile
     share     steps that a program multiplies, of all tiles in a row; 0: programs take whole tiles in turn
     programs  with shares
+    waits     launched while the kernel before it ends, and waits for that itself
     """
 
     tokens: int
     rows: int
-    unit: int = 64
     teams: int = 2
-    x_width: int = 64
+    turns: int = 1
+    unit: int = 64
+    x_width: int = 128
     x_ring: int = 2
     w_stages: int = 4
     flight: int = 1
     sums: int = 1
+    blocks: int = 0
     share: int = 0
     programs: int = 0
+    waits: bool = False
 
     def tiles(self, tokens: int, rows: int) -> int:
         """Tiles of a product."""
@@ -53,6 +63,93 @@ class RolesConfig:
         return 2 * self.programs * self.tokens * self.rows
 
 
+class Tile(NamedTuple):
+    """A tile, and how long it takes (seconds): a step, and once a call; more where tiles are divided.
+
+    even, apart  into even shares of all steps, which begin anywhere; into parts that begin with a tile or with another
+    """
+
+    config: RolesConfig
+    step: float
+    start: float
+    even: float
+    apart: float
+
+
+def _tile(tokens: int, rows: int, teams: int, turns: int, ring: int, held: int, times: tuple[float, float, float, float],
+          **more: int) -> Tile:
+    return Tile(RolesConfig(tokens, rows, teams, turns, x_ring=ring, w_stages=held, **more), *(1e-6 * t for t in times))
+
+
+# As measured on an H200 (a product alone, weights cold), by what the sums are made of: those of groups, of groups of
+# fewer than 64 inputs, of operands with their scales, or of rows.
+_TILES: Final[Mapping[str, tuple[Tile, ...]]] = {
+    "groups": (
+        _tile(32, 128, 4, 2, 6, 6, (0.67, 6.5, 4.1, 2.1), flight=0),
+        _tile(64, 64, 2, 2, 3, 6, (0.52, 5.0, 3.8, 2.0)),
+        _tile(64, 128, 2, 1, 3, 6, (1.0, 5.3, 5.6, 2.9)),
+        _tile(64, 256, 4, 1, 3, 3, (1.7, 5.8, 10.2, 9.4), flight=0),
+        _tile(128, 64, 2, 2, 2, 4, (0.88, 4.6, 6.5, 2.0)),
+        _tile(128, 128, 2, 1, 2, 4, (1.63, 5.0, 9.7, 5.8)),
+    ),
+    "small groups": (
+        _tile(64, 128, 2, 1, 3, 5, (1.38, 5.2, 6.5, 4.0), sums=2),
+        _tile(128, 128, 2, 1, 2, 4, (2.2, 5.6, 10.6, 6.0)),
+    ),
+    "operands": (
+        _tile(64, 64, 2, 2, 3, 6, (0.62, 5.0, 3.8, 2.0)),
+        _tile(64, 128, 2, 1, 3, 6, (1.2, 4.9, 6.3, 3.7)),
+        _tile(64, 256, 2, 1, 2, 4, (2.2, 4.0, 12.3, 11.6), flight=0),
+        _tile(128, 64, 2, 2, 2, 4, (0.9, 4.2, 6.4, 2.9)),
+        _tile(128, 128, 2, 1, 2, 4, (1.6, 4.4, 10.1, 6.1)),
+        _tile(256, 128, 2, 1, 1, 4, (2.7, 3.4, 22.0, 13.2), x_width=64),
+    ),
+}
+
+
+def roles_planned(form: Form, rows: int, columns: int, tokens: int) -> RolesConfig:
+    """The launch for `tokens` with a weight of `rows` (padded) that `planes_hopper_launch.takes`; pure."""
+    found = [made for tile in tiles(form) for made in divided(tile, rows, columns, tokens)]
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _kind(form: Form) -> str:
+    if form.scaling == "group":
+        return "groups" if form.run * form.tile >= X_COLUMNS else "small groups"
+    return "operands"
+
+
+def tiles(form: Form) -> list[Tile]:
+    """The tiles that serve a form, with units inside its groups and as many stages as fit."""
+    return [_fitting(form, tile) for tile in _TILES[_kind(form)]]
+
+
+def _fitting(form: Form, tile: Tile) -> Tile:
+    config = tile.config
+    if form.scaling == "group":
+        config = replace(config, unit=min(X_COLUMNS, form.run * form.tile))
+    while roles_bytes(form, config) > _STAGE_BYTES:
+        config = replace(config, w_stages=config.w_stages - 1)
+    return tile._replace(config=config)
+
+
+def divided(tile: Tile, rows: int, columns: int, tokens: int) -> Iterator[tuple[float, RolesConfig]]:
+    """Ways to divide the work among programs, and modelled seconds: whole tiles, equal parts of each, even shares."""
+    blocks = -(-columns // _AT_ONCE)
+    config = replace(tile.config, blocks=blocks)
+    tiles, least = config.tiles(tokens, rows), _LEAST * config.turns
+    yield tile.start + -(-tiles // _UNITS) * blocks * tile.step, config
+    for parts in range(2, min(_UNITS // tiles, blocks // least, _MOST_PARTS) + 1):
+        share = -(-blocks // parts)
+        whole = -(-blocks // share) * share  # beyond the last block is nothing: zeros
+        yield (tile.start + tile.apart + share * tile.step,
+               replace(config, blocks=whole, share=share, programs=tiles * whole // share))
+    share = max(-(-tiles * blocks // _UNITS), least)
+    if share < -(-tiles // _UNITS) * blocks:
+        yield (tile.start + tile.even + share * tile.step,
+               replace(config, share=share, programs=-(-tiles * blocks // share)))
+
+
 def scales_of(form: Form) -> int:
     """Scales, words of folded scales, or zero points that a row has in a step."""
     if form.scaling == "fold":
@@ -64,7 +161,8 @@ def roles_bytes(form: Form, config: RolesConfig) -> int:
     """Shared memory of the stages."""
     width = 0 if form.scaling == "row" else 4  # at most
     words = config.rows * (_AT_ONCE // 2 + scales_of(form) * (width + form.has_zeros))
-    return config.x_ring * config.tokens * 2 * _AT_ONCE + config.w_stages * words
+    left = config.tokens * config.rows * 4 * (config.turns - 1)  # sums of the teams of other turns
+    return config.x_ring * config.tokens * 2 * _AT_ONCE + config.w_stages * words + left
 
 
 def x_layout(config: RolesConfig) -> tuple[int, int, int]:
@@ -86,7 +184,8 @@ def roles_constants(form: Form, config: RolesConfig, *, has_factors: bool, has_b
     """The kernel's compile-time constants."""
     shared = constants(form)
     return {name: shared[name] for name in ("P", "G", "SCALING", "SKIND", "ZERO", "ZEROS")} | {
-        "R": form.run, "U": config.unit, "TEAMS": config.teams, "BM": config.tokens, "BN": config.rows,
+        "R": form.run, "U": config.unit, "TEAMS": config.teams, "TURNS": config.turns, "BM": config.tokens, "BN": config.rows,
         "XW": config.x_width, "X_RING": config.x_ring, "W_STAGES": config.w_stages, "FLIGHT": config.flight,
-        "SUMS": config.sums, "STREAM": config.share > 0, "TOKENS": has_factors, "BIAS": has_bias, "WAITS": False,
+        "SUMS": config.sums, "STREAM": config.share > 0, "TOKENS": has_factors, "BIAS": has_bias,
+        "WAITS": config.waits,
     }  # fmt: skip

@@ -71,7 +71,7 @@ def hopper_call(
     captured  zeros that graphs count in
     factors   of x's rows, and `quantize` as in `StoredPlanes`
     """
-    from anybit.kernels.triton import planes_hopper
+    from anybit.kernels.triton.planes_hopper import few_kernel
 
     if isinstance(config, RolesConfig):
         return _by_roles(config, form, rows, parts, pitch, captured, x, factors, bias, out_dtype, quantize)
@@ -87,14 +87,14 @@ def hopper_call(
     apart = x.stride(0) if quantize is None and tokens > 1 else columns
     copies = apart % _ALIGNED_ELEMENTS != 0
     made = Launch(
-        getattr(planes_hopper, config.kernel),
+        few_kernel,
         [x.dtype if quantize is None else quantize.pieces["codes"], parts[0], parts[3], zeros, row,
          row if factors is None else factors, row if bias is None else bias.dtype, out_dtype, sums,
          Zeros(tiles, captured) if is_split else row, int, rows, pitch, columns, padded,
          columns if copies else apart,
          pitch if zeros.shape[0] > 1 else 0, half_factor(form, is_half=is_half)],
         hopper_constants(form, config, columns, has_factors=factors is not None, has_bias=bias is not None),
-        x.device, num_warps=config.warps, **({"launch_pdl": True} if config.waits else {}),
+        x.device, num_warps=config.warps, launch_pdl=True,
     )  # fmt: skip
     return AlignedCall((tokens, rows), out_dtype, x.device, tokens, size, quantize, made, (tiles, config.split),
                        copies=copies)
@@ -110,12 +110,13 @@ def _by_roles(
     from anybit.kernels.triton.planes_hopper_roles import roles_kernel
 
     (tokens, columns), row, zeros = x.shape, parts[8], parts[5]
-    padded_rows, padded = row.shape[0], form.padded(columns)
+    padded_rows = row.shape[0]
     size = 0 if quantize is None else quantize.scratch_bytes
     sums: Argument = row  # stands in for what a specialization does not read
+    counters: Argument = row
     if config.share:
-        sums = Piece(size, torch.float32)
-        size += config.parts * 4
+        sums, size = Piece(size, torch.float32), size + config.parts * 4
+        counters = Zeros(config.tiles(tokens, padded_rows) * config.teams // config.turns, captured)
     tile, layout = (config.tokens, X_COLUMNS), NVMMASharedLayout(*x_layout(config))
     given: Argument
     if quantize is None:
@@ -128,11 +129,10 @@ def _by_roles(
          _in_a_row(parts[3], config.rows) if form.scaling != "row" else row,
          _in_a_row(zeros, config.rows) if form.has_zeros else row, row,
          row if factors is None else factors, row if bias is None else bias.dtype, out_dtype, sums,
-         Zeros(config.tiles(tokens, padded_rows) * config.teams, captured) if config.share else row, int, rows, padded_rows, pitch,
-         padded, pitch if zeros.shape[0] > 1 else 0,
+         counters, int, rows, padded_rows, pitch, config.blocks, pitch if zeros.shape[0] > 1 else 0,
          half_factor(form, is_half=quantize is None and x.dtype == torch.float16), config.share],
         roles_constants(form, config, has_factors=factors is not None, has_bias=bias is not None),
-        x.device, num_warps=4,
+        x.device, num_warps=4, **({"launch_pdl": True} if config.waits else {}),
     )  # fmt: skip
     apart = x.stride(0) if tokens > 1 else columns
     return AlignedCall((tokens, rows), out_dtype, x.device, tokens, size, quantize, made,
