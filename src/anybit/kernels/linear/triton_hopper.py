@@ -26,7 +26,7 @@ _ARGUMENTS: Final = ("x_ptr", "c0_ptr", "s_ptr", "z_ptr", "row_ptr", "token_ptr"
                      "count_ptr", "M", "N", "NP", "K", "KP", "x_stride", "z_stride", "mult")
 _OF_ROLES: Final = ("row_ptr", "token_ptr", "bias_ptr", "o_ptr", "part_ptr", "count_ptr", "M", "N", "NP", "z_stride",
                     "mult")
-# ptxas decodes ahead of the products where registers are left and a little beyond; results of wide tiles have factors too
+# ptxas decodes ahead of the products where registers are left, and a little beyond; so it reads factors of results
 _SPILLS: Final = 64
 _BITS: Final = {"bf16": 16, "fp16": 16, "fp32": 32, "i32": 32, "u8": 8}
 

@@ -1,4 +1,4 @@
-"""How 4 bit products are launched on sm_90, torch-free: which forms the kernels in Gluon take, tiles by shape, constants.
+"""How 4 bit products are launched on sm_90, torch-free: which forms the kernels in Gluon take, tiles, constants.
 
 Up to 32 tokens `planes_hopper`, beyond them `planes_hopper_roles`, whose tiles are in `planes_hopper_roles_launch`.
 
@@ -30,7 +30,7 @@ _ALIGNED: Final = 16  # what K and the stride of x are multiples of, so that x i
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """One launch of `few_kernel`: tile of tokens and rows, parts of K, warps, and what its docstring says of the rest."""
+    """One launch of `few_kernel`: tile of tokens and rows, parts of K, warps, and what its docstring says of."""
 
     tokens: int
     rows: int

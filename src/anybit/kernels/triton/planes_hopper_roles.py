@@ -2,11 +2,11 @@
 """Products of "triton-planes" on sm_90 in which warps have different work, for more than a few tokens.
 
 One warp copies x and one copies words, scales and zero points into shared memory, by tensor memory access and as many
-stages ahead as fit. Two teams of four warps decode and multiply: each has its own rows of W and all of the tile's
-tokens, and decodes the next inputs while those before them multiply. Teams wait for each other nowhere, so that the
-matrix unit works for one while the other adds sums of groups or stores results. Work is divided by whole tiles, or
-(STREAM) by equal shares of all blocks of K of all tiles. Stored layout, decoding and arithmetic are those of
-`planes_hopper`; K is taken 256 inputs at a time.
+stages ahead as fit. Two or four teams of four warps decode and multiply, each the next inputs while those before them
+multiply. Teams have their own rows of a tile of W, or (TURNS) take its steps of 256 inputs in turn, and then one adds
+the sums of all. They wait for each other nowhere else, so that the matrix unit works for one while another adds sums of
+groups or stores results. Work is divided by whole tiles, or (STREAM) by equal shares of all steps of all tiles. Stored
+layout and arithmetic are those of `planes_hopper`; one program fills a multiprocessor.
 """
 
 from __future__ import annotations
@@ -21,56 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from anybit.kernels.triton.planes_hopper import _barrier, _factor
-from anybit.kernels.triton.planes_kernels import _MUL_BF16, _MUL_FP16, _select
+from anybit.kernels.triton.planes_hopper import _barrier
+from anybit.kernels.triton.planes_hopper_roles_decode import LACKS_BF16, LACKS_FP16, folded, operands
 from anybit.kernels.triton.w8a8_hopper_jit import add_scaled, load_tile, step_at, steps_of
-
-
-def _minus(type_: str) -> str:
-    """-z * 2^-6 (bf16) or -z * 2^-9 (fp16) for zero points z < 128: the mantissa of 2 + z * 2^-6 is z, too."""
-    body = f"or.b32 t, $1, 0x40004000; mov.b32 u, {_TWICE[type_, -1.0]}; mov.b32 v, 0x40004000;"
-    return "{.reg .b32 t, u, v; " + f"{body} fma.rn.{type_}x2 $0, t, u, v;" + "}"
-
-
-def _integers(byte: int, type_: str) -> str:
-    """A byte of two words as two integers each, times 2^-6 or 2^-9, plus $4 and $6.
-
-    As mantissas of subnormals, in bits 0 to 3 and 4 to 7, they are multiples of a power of two without more ado: the
-    exponent's lowest bit, which bf16 has at bit 7, counts like one of the mantissa.
-    """
-    low, high = _TWICE[type_, "low"], _TWICE[type_, "high"]
-    body = (f"prmt.b32 t, $2, $3, {_select(2 * byte)}; "
-            f"and.b32 u, t, 0x000F000F; mov.b32 v, {low}; fma.rn.{type_}x2 $0, u, v, $4; "
-            f"and.b32 u, t, 0x00F000F0; mov.b32 v, {high}; fma.rn.{type_}x2 $1, u, v, $6;")
-    return "{.reg .b32 t, u, v; " + body + "}"
-
-
-def _floats(byte: int, magnitude: int, multiply: str) -> str:
-    """A byte of two words as two e2m1 each, times $4 and $6; `magnitude` is where D's field of them begins.
-
-    The high nibble's sign is where D has it in the byte's copy. The low one is put at both its places by a product,
-    which is free beside the logic; in float16 these places overlap.
-    """
-    mask = f"0x{0x00070007 << magnitude:08X}"
-    first, second = multiply.replace("t, $3", "w, $4"), multiply.replace("t, $3", "w, $6").replace("$0", "$1")
-    low = (f"and.b32 w, t, 0x000F000F; mul.lo.u32 w, w, {1 << 12 | 1 << magnitude}; and.b32 w, w, 0x81C081C0;"
-           if magnitude == 6 else
-           f"shl.b32 u, t, 12; and.b32 u, u, 0x80008000; shl.b32 w, t, {magnitude}; lop3.b32 w, w, {mask}, u, 0xEA;")
-    body = (f"prmt.b32 t, $2, $3, {_select(2 * byte)}; {low} {first} "
-            f"and.b32 u, t, 0x80008000; shl.b32 w, t, {magnitude - 4}; lop3.b32 w, w, {mask}, u, 0xEA; {second}")
-    return "{.reg .b32 t, u, w; " + body + "}"
-
-
-# numbers twice in 32 bits: -1, and what makes codes in the low and high half of a byte multiples of 2^-6, or 2^-9
-_TWICE = {
-    ("bf16", -1.0): "0xBF80BF80", ("bf16", "low"): "0x7F007F00", ("bf16", "high"): "0x7D007D00",
-    ("f16", -1.0): "0xBC00BC00", ("f16", "low"): "0x78007800", ("f16", "high"): "0x68006800",
-}  # fmt: skip
-_MINUS_BF16, _MINUS_FP16 = gl.constexpr(_minus("bf16")), gl.constexpr(_minus("f16"))
-_INTEGERS_BF16 = gl.constexpr(tuple(_integers(i, "bf16") for i in range(4)))
-_INTEGERS_FP16 = gl.constexpr(tuple(_integers(i, "f16") for i in range(4)))
-_FLOATS_BF16 = gl.constexpr(tuple(_floats(i, 6, _MUL_BF16) for i in range(4)))
-_FLOATS_FP16 = gl.constexpr(tuple(_floats(i, 9, _MUL_FP16) for i in range(4)))
 
 
 @gluon.jit
@@ -143,90 +96,6 @@ def _copy_w(
 
 
 @gluon.jit
-def _beside(a, b, DOT: gl.constexpr):
-    """Operands of inputs that follow each other as one: [R, C] twice, [R, 2 C]; registers stay where they are."""
-    both = gl.join(a, b).permute((0, 2, 1)).reshape([a.shape[0], 2 * a.shape[1]])
-    return gl.convert_layout(both, DOT, assert_trivial=True)
-
-
-@gluon.jit
-def _two_fields(words, even, odd, byte: gl.constexpr, FOLD: gl.constexpr, D: gl.constexpr):
-    """Fields 2 * byte and the one after it of words [ROWS, P] as D, with the pair [ROWS] of each (`_pair`) applied.
-
-    Not pure, though it is: so it stays between the products that it stands between.
-    """
-    if gl.bfloat16 == D:
-        return gl.inline_asm_elementwise(_FLOATS_BF16[byte] if FOLD else _INTEGERS_BF16[byte], "=r,=r,r,r,r,r,r,r",
-                                         [words, even[:, None], odd[:, None]], dtype=(gl.bfloat16, gl.bfloat16),
-                                         is_pure=False, pack=2)
-    else:
-        return gl.inline_asm_elementwise(_FLOATS_FP16[byte] if FOLD else _INTEGERS_FP16[byte], "=r,=r,r,r,r,r,r,r",
-                                         [words, even[:, None], odd[:, None]], dtype=(gl.float16, gl.float16),
-                                         is_pure=False, pack=2)
-
-
-@gluon.jit
-def _pair(s0, s1, s2, s3, z_tiles, at, first, f: gl.constexpr, FOLD: gl.constexpr, SKIND: gl.constexpr,
-          ZERO: gl.constexpr, ZEROS: gl.constexpr, ROWS: gl.constexpr, DOT: gl.constexpr, D: gl.constexpr):
-    """What field f meets on its way to D, twice in 32 bits: its folded scale, or minus its zero point, scaled down."""
-    if FOLD:
-        return _factor(s0 if f < 4 else s1 if f < 8 else s2 if f < 12 else s3, f % 4, SKIND, D)
-    else:
-        if ZEROS:
-            zero = z_tiles.index(at).slice(first, ROWS).load(gl.SliceLayout(1, DOT)).to(gl.int32)
-        else:
-            zero = gl.full([ROWS], ZERO, gl.float32, gl.SliceLayout(1, DOT)).to(gl.int32)
-        return gl.inline_asm_elementwise(_MINUS_BF16 if gl.bfloat16 == D else _MINUS_FP16, "=r,r",
-                                         [zero | (zero << 16)], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _fields(words, s0, s1, s2, s3, z_tiles, at, first, f: gl.constexpr, P: gl.constexpr, R: gl.constexpr,
-            FOLD: gl.constexpr, SKIND: gl.constexpr, ZERO: gl.constexpr, ZEROS: gl.constexpr, ROWS: gl.constexpr,
-            DOT: gl.constexpr, D: gl.constexpr):
-    """Field f, an even one, and f + 1 of 256 inputs: [ROWS, P] twice; `at` counts groups of zero points."""
-    even = _pair(s0, s1, s2, s3, z_tiles, at + f // R, first, f, FOLD, SKIND, ZERO, ZEROS, ROWS, DOT, D)
-    odd = even
-    if FOLD or R == 1:
-        odd = _pair(s0, s1, s2, s3, z_tiles, at + (f + 1) // R, first, f + 1, FOLD, SKIND, ZERO, ZEROS, ROWS, DOT, D)
-    return _two_fields(words, even, odd, f % 8 // 2, FOLD, D)
-
-
-@gluon.jit
-def _operands(words, s0, s1, s2, s3, z_tiles, at, first, u: gl.constexpr, U: gl.constexpr, P: gl.constexpr,
-              R: gl.constexpr, FOLD: gl.constexpr, SKIND: gl.constexpr, ZERO: gl.constexpr, ZEROS: gl.constexpr,
-              ROWS: gl.constexpr, DOT: gl.constexpr, D: gl.constexpr):
-    """Inputs u * U ... of 256 as D: [ROWS, U], and what was decoded with them of those after, or the same again."""
-    f: gl.constexpr = u * U // P
-    a, b = _fields(words, s0, s1, s2, s3, z_tiles, at, first, f, P, R, FOLD, SKIND, ZERO, ZEROS, ROWS, DOT, D)
-    if U == P:
-        return a, b
-    else:
-        a = _beside(a, b, DOT)
-        if U == 4 * P:
-            c, d = _fields(words, s0, s1, s2, s3, z_tiles, at, first, f + 2, P, R, FOLD, SKIND, ZERO, ZEROS, ROWS, DOT,
-                           D)
-            a = _beside(a, _beside(c, d, DOT), DOT)
-        return a, a
-
-
-@gluon.jit
-def _folded(s_tiles, stage, first, SCALES: gl.constexpr, FOLD: gl.constexpr, ROWS: gl.constexpr, DOT: gl.constexpr):
-    """The words of folded scales of 256 inputs, each [ROWS]: two, or four where groups are of 16."""
-    if FOLD:
-        s0 = s_tiles.index(stage * SCALES).slice(first, ROWS).load(gl.SliceLayout(1, DOT))
-        s1 = s_tiles.index(stage * SCALES + 1).slice(first, ROWS).load(gl.SliceLayout(1, DOT))
-        if SCALES == 4:
-            s2 = s_tiles.index(stage * SCALES + 2).slice(first, ROWS).load(gl.SliceLayout(1, DOT))
-            s3 = s_tiles.index(stage * SCALES + 3).slice(first, ROWS).load(gl.SliceLayout(1, DOT))
-            return s0, s1, s2, s3
-        else:
-            return s0, s1, s0, s1
-    else:
-        return 0, 0, 0, 0
-
-
-@gluon.jit
 def _store(acc, o_ptr, bias_ptr, pm, first, M, N, BM: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr,
            BIAS: gl.constexpr):
     """Bias and the one rounding; written in runs of eight rows of W, which lie together in a row of o."""
@@ -243,14 +112,16 @@ def _store(acc, o_ptr, bias_ptr, pm, first, M, N, BM: gl.constexpr, ROWS: gl.con
 
 @gluon.jit
 def _multiply(
-    TEAM: gl.constexpr, sums, full, empty, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
-    bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, blocks, mult, SHARE,
+    TEAM: gl.constexpr, given, M, N, NP, blocks, mult, SHARE,
     P: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, SKIND: gl.constexpr, ZERO: gl.constexpr,
     ZEROS: gl.constexpr, SCALES: gl.constexpr, U: gl.constexpr, TEAMS: gl.constexpr, TURNS: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, XW: gl.constexpr, X_RING: gl.constexpr, W_STAGES: gl.constexpr, FLIGHT: gl.constexpr,
-    SUMS: gl.constexpr, STREAM: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr, WAITS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, XW: gl.constexpr, X_RING: gl.constexpr, W_STAGES: gl.constexpr,
+    FLIGHT: gl.constexpr, SUMS: gl.constexpr, STREAM: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr,
+    WAITS: gl.constexpr,
 ):  # fmt: skip
     """A team's work: its rows of the tiles of W, all their tokens, and of the steps every TURNS-th."""
+    (x_tiles, w_tiles, s_tiles, z_tiles, sums, x_ready, x_free, w_ready, w_free, full, empty, row_ptr, token_ptr,
+     bias_ptr, o_ptr, part_ptr, count_ptr) = given
     D: gl.constexpr = x_tiles.dtype
     FOLD: gl.constexpr = SCALING == 2
     ABREAST: gl.constexpr = TEAMS // TURNS  # teams of other rows
@@ -274,8 +145,8 @@ def _multiply(
     sums_phase = 0
     mbarrier.wait(w_ready.index(stage), 0)
     words = w_tiles.index(stage).slice(FIRST, ROWS).slice(0, P, dim=1).load(DOT)
-    s0, s1, s2, s3 = _folded(s_tiles, stage, FIRST, SCALES, FOLD, ROWS, DOT)
-    a, rest = _operands(words, s0, s1, s2, s3, z_tiles, stage * SCALES, FIRST, 0, U, P, R, FOLD, SKIND, ZERO, ZEROS,
+    s0, s1, s2, s3 = folded(s_tiles, stage, FIRST, SCALES, FOLD, ROWS, DOT)
+    a, rest = operands(words, s0, s1, s2, s3, z_tiles, stage * SCALES, FIRST, 0, U, P, R, FOLD, SKIND, ZERO, ZEROS,
                         ROWS, DOT, D)
     i = 0
     while i < steps:
@@ -286,6 +157,7 @@ def _multiply(
         acc = gl.zeros([ROWS, BM], gl.float32, MMA)
         part = acc
         other = acc
+        scale = gl.zeros([ROWS], gl.float32, OF_W)
         for step in range(i + (TURN - i % TURNS + TURNS) % TURNS, i + count, TURNS):
             # the team's step after this one; behind the last one the last again
             is_last = step >= steps - TURNS
@@ -310,14 +182,14 @@ def _multiply(
                 # meanwhile the next operand is decoded
                 if u == UNITS - 1:
                     mbarrier.wait(w_ready.index(after), after_phase)
-                    s0, s1, s2, s3 = _folded(s_tiles, after, FIRST, SCALES, FOLD, ROWS, DOT)
+                    s0, s1, s2, s3 = folded(s_tiles, after, FIRST, SCALES, FOLD, ROWS, DOT)
                 if (u + 1) * U // P % 8 == 0:
                     held = w_tiles.index(after if u == UNITS - 1 else stage).slice(FIRST, ROWS)
                     words = held.slice((u + 1) % UNITS * U // P // 8 * P, P, dim=1).load(DOT)
                 if U == P and u % 2 == 0:
                     a = rest
                 else:
-                    a, rest = _operands(words, s0, s1, s2, s3, z_tiles, (after if u == UNITS - 1 else stage) * SCALES,
+                    a, rest = operands(words, s0, s1, s2, s3, z_tiles, (after if u == UNITS - 1 else stage) * SCALES,
                                         FIRST, (u + 1) % UNITS, U, P, R, FOLD, SKIND, ZERO, ZEROS, ROWS, DOT, D)
                 # nothing runs beyond a step: the compiler would wait for every product
                 if SCALING == 1:
@@ -363,7 +235,7 @@ def _multiply(
             rm = gl.arange(0, BM, OF_X)
             rn = gl.arange(0, ROWS, OF_W)
             first = pn * BN + FIRST
-            LACKS: gl.constexpr = 1.0 if FOLD else 64.0 if gl.bfloat16 == D else 512.0  # decoded integers
+            LACKS: gl.constexpr = 1.0 if FOLD else LACKS_BF16 if gl.bfloat16 == D else LACKS_FP16
             acc = (acc * (mult * LACKS)) * gl.load(row_ptr + first + rn, mask=first + rn < NP, other=0.0)[:, None]
             if TOKENS:
                 acc = acc * gl.load(token_ptr + pm * BM + rm, mask=pm * BM + rm < M, other=0.0)[None, :]
@@ -405,13 +277,15 @@ def roles_kernel(
     x, w, s, z, row_ptr, token_ptr, bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, pitch, blocks, z_stride, mult,
     SHARE, P: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, SKIND: gl.constexpr,
     ZERO: gl.constexpr, ZEROS: gl.constexpr, U: gl.constexpr, TEAMS: gl.constexpr, TURNS: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, XW: gl.constexpr, X_RING: gl.constexpr, W_STAGES: gl.constexpr, FLIGHT: gl.constexpr, SUMS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, XW: gl.constexpr, X_RING: gl.constexpr, W_STAGES: gl.constexpr,
+    FLIGHT: gl.constexpr, SUMS: gl.constexpr,
     STREAM: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr, WAITS: gl.constexpr,
 ):  # fmt: skip
     """o [M, N] = x [M, K] W^T in tiles of BN rows by BM tokens.
 
     x, w, s, z  tensor descriptors: [M, K], words [NP, KP / 8], scales and zero points of groups, in a row
-    part_ptr    sums of parts of K, of two tiles a program at most: [2 * programs, BN, BM]; count_ptr [tiles * TEAMS / TURNS]
+    part_ptr    sums of parts of K, of two tiles a program at most: [2 * programs, BN, BM]; count_ptr counts those of
+                each tile and each team of other rows
     pitch       how far apart values of neighbouring groups lie
     SHARE       with STREAM the steps of 256 inputs that a program multiplies
     U           inputs that are multiplied at once: 64, or as many as a group has
@@ -454,39 +328,29 @@ def roles_kernel(
             mbarrier.init(full.index(team), count=1)
             mbarrier.init(empty.index(team), count=1)
     fence_async_shared()
+    given = (x_tiles, w_tiles, s_tiles, z_tiles, sums, x_ready, x_free, w_ready, w_free, full, empty, row_ptr,
+             token_ptr, bias_ptr, o_ptr, part_ptr, count_ptr)
     if TEAMS == 2:
         gl.warp_specialize([
-            (_multiply, (0, sums, full, empty, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
-                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO,
-                         ZEROS, SCALES, U, TEAMS, TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS,
-                         BIAS, WAITS)),
-            (_multiply, (1, sums, full, empty, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
-                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO,
-                         ZEROS, SCALES, U, TEAMS, TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS,
-                         BIAS, WAITS)),
-            (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, blocks, z_stride, SHARE, P, G, R,
-                       SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM)),
+            (_multiply, (0, given, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U, TEAMS,
+                         TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS, WAITS)),
+            (_multiply, (1, given, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U, TEAMS,
+                         TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS, WAITS)),
+            (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, blocks, z_stride, SHARE, P, G,
+                       R, SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM)),
             (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, blocks, SHARE, BM, BN, XW, X_RING, STREAM, WAITS)),
         ], [4, 1, 1], [240, 24, 24])
     else:
         gl.warp_specialize([
-            (_multiply, (0, sums, full, empty, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
-                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO,
-                         ZEROS, SCALES, U, TEAMS, TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS,
-                         BIAS, WAITS)),
-            (_multiply, (1, sums, full, empty, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
-                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO,
-                         ZEROS, SCALES, U, TEAMS, TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS,
-                         BIAS, WAITS)),
-            (_multiply, (2, sums, full, empty, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
-                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO,
-                         ZEROS, SCALES, U, TEAMS, TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS,
-                         BIAS, WAITS)),
-            (_multiply, (3, sums, full, empty, x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr,
-                         bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO,
-                         ZEROS, SCALES, U, TEAMS, TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS,
-                         BIAS, WAITS)),
-            (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, blocks, z_stride, SHARE, P, G, R,
-                       SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM)),
+            (_multiply, (0, given, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U, TEAMS,
+                         TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS, WAITS)),
+            (_multiply, (1, given, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U, TEAMS,
+                         TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS, WAITS)),
+            (_multiply, (2, given, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U, TEAMS,
+                         TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS, WAITS)),
+            (_multiply, (3, given, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U, TEAMS,
+                         TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS, WAITS)),
+            (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, blocks, z_stride, SHARE, P, G,
+                       R, SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM)),
             (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, blocks, SHARE, BM, BN, XW, X_RING, STREAM, WAITS)),
         ], [4, 4, 4, 1, 1], [112, 112, 112, 24, 24])  # fmt: skip

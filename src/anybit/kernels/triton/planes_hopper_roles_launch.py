@@ -9,9 +9,8 @@ from typing import Any, Final, NamedTuple
 from anybit.kernels.triton.planes_form import Form
 from anybit.kernels.triton.planes_launch import constants
 
-__all__ = ["X_COLUMNS", "RolesConfig", "Tile", "divided", "roles_bytes", "roles_constants", "roles_planned", "scale_layout", "scales_of",
-           "tiles", "word_layout",
-           "x_layout"]
+__all__ = ["X_COLUMNS", "RolesConfig", "Tile", "divided", "roles_bytes", "roles_constants", "roles_planned",
+           "scale_layout", "scales_of", "tiles", "word_layout", "x_layout"]
 
 X_COLUMNS: Final = 64  # inputs of a box of x: 128 bytes
 _AT_ONCE: Final = 256  # inputs of a step
@@ -76,8 +75,8 @@ class Tile(NamedTuple):
     apart: float
 
 
-def _tile(tokens: int, rows: int, teams: int, turns: int, ring: int, held: int, times: tuple[float, float, float, float],
-          **more: int) -> Tile:
+def _tile(tokens: int, rows: int, teams: int, turns: int, ring: int, held: int,
+          times: tuple[float, float, float, float], **more: int) -> Tile:
     return Tile(RolesConfig(tokens, rows, teams, turns, x_ring=ring, w_stages=held, **more), *(1e-6 * t for t in times))
 
 
@@ -184,8 +183,8 @@ def roles_constants(form: Form, config: RolesConfig, *, has_factors: bool, has_b
     """The kernel's compile-time constants."""
     shared = constants(form)
     return {name: shared[name] for name in ("P", "G", "SCALING", "SKIND", "ZERO", "ZEROS")} | {
-        "R": form.run, "U": config.unit, "TEAMS": config.teams, "TURNS": config.turns, "BM": config.tokens, "BN": config.rows,
-        "XW": config.x_width, "X_RING": config.x_ring, "W_STAGES": config.w_stages, "FLIGHT": config.flight,
-        "SUMS": config.sums, "STREAM": config.share > 0, "TOKENS": has_factors, "BIAS": has_bias,
-        "WAITS": config.waits,
+        "R": form.run, "U": config.unit, "TEAMS": config.teams, "TURNS": config.turns, "BM": config.tokens,
+        "BN": config.rows, "XW": config.x_width, "X_RING": config.x_ring, "W_STAGES": config.w_stages,
+        "FLIGHT": config.flight, "SUMS": config.sums, "STREAM": config.share > 0, "TOKENS": has_factors,
+        "BIAS": has_bias, "WAITS": config.waits,
     }  # fmt: skip
