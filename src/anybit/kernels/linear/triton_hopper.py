@@ -5,22 +5,24 @@ Torch-free. `planes_hopper_launch.py` says which products they take.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
 from anybit.kernels.compiling import CompileCase
 from anybit.kernels.triton.planes_form import Form
-from anybit.kernels.triton.planes_hopper_launch import hopper_constants, planned
+from anybit.kernels.triton.planes_hopper_launch import HopperConfig, hopper_constants, planned
 from anybit.kernels.triton.planes_hopper_roles_launch import (
     X_COLUMNS,
     RolesConfig,
     roles_constants,
     scale_layout,
+    tiles,
     word_layout,
     x_layout,
 )
 
-__all__ = ["hopper_case"]
+__all__ = ["hopper_case", "roles_cases"]
 
 _ARGUMENTS: Final = ("x_ptr", "c0_ptr", "s_ptr", "z_ptr", "row_ptr", "token_ptr", "bias_ptr", "o_ptr", "part_ptr",
                      "count_ptr", "M", "N", "NP", "K", "KP", "x_stride", "z_stride", "mult")
@@ -32,25 +34,32 @@ _BITS: Final = {"bf16": 16, "fp16": 16, "fp32": 32, "i32": 32, "u8": 8}
 
 
 def hopper_case(case: CompileCase, form: Form, shape: tuple[int, int], tokens: int) -> CompileCase | None:
-    """The case in Gluon of a case of `matmul_kernel` on sm_90; None where that one is launched."""
+    """The case of `few_kernel` of a case of `matmul_kernel` on sm_90; None where another one is launched."""
     config = planned(form, *shape, tokens) if case.arch == "sm_90" else None
-    if config is None:
+    if not isinstance(config, HopperConfig):
         return None
-    factors, bias = case.constants["TOKENS"], case.constants["BIAS"]
-    made = replace(case, num_stages=1, expects=("wgmma",), spills=_SPILLS)
-    if isinstance(config, RolesConfig):
-        parts = " in parts" if config.share else ""
-        return replace(
-            made, function="anybit.kernels.triton.planes_hopper_roles:roles_kernel", num_warps=4,
-            label=f"Gluon, {case.label}, {config.tokens} x {config.rows}{parts}", types=_types(case, form, config),
-            constants=roles_constants(form, config, has_factors=factors, has_bias=bias),
-            divisible=(*case.divisible, "pitch"), options={"launch_pdl": True} if config.waits else {},
-        )  # fmt: skip
+    constants = hopper_constants(form, config, shape[1], has_factors=case.constants["TOKENS"],
+                                 has_bias=case.constants["BIAS"])
     return replace(
-        made, function="anybit.kernels.triton.planes_hopper:few_kernel", label=f"Gluon, {case.label}",
-        types={name: case.types[name] for name in _ARGUMENTS}, num_warps=config.warps, options={"launch_pdl": True},
-        constants=hopper_constants(form, config, shape[1], has_factors=factors, has_bias=bias),
+        case, function="anybit.kernels.triton.planes_hopper:few_kernel", label=f"Gluon, {case.label}",
+        types={name: case.types[name] for name in _ARGUMENTS}, constants=constants, num_warps=config.warps,
+        options={"launch_pdl": True}, num_stages=1, expects=("wgmma",), spills=_SPILLS,
     )  # fmt: skip
+
+
+def roles_cases(case: CompileCase, form: Form) -> Iterator[CompileCase]:
+    """Cases of `roles_kernel` like one of `matmul_kernel`: each tile of the form, whole and in parts."""
+    for tile in tiles(form):
+        for parts in ("", " in parts"):
+            config = replace(tile.config, share=len(parts))
+            yield replace(
+                case, function="anybit.kernels.triton.planes_hopper_roles:roles_kernel", num_warps=4, num_stages=1,
+                label=f"Gluon, {case.label}, {config.tokens} x {config.rows}{parts}", types=_types(case, form, config),
+                constants=roles_constants(form, config, has_factors=case.constants["TOKENS"],
+                                          has_bias=case.constants["BIAS"]),
+                divisible=(*case.divisible, "pitch"), options={"launch_pdl": True} if config.waits else {},
+                expects=("wgmma",), spills=_SPILLS,
+            )  # fmt: skip
 
 
 def _types(case: CompileCase, form: Form, config: RolesConfig) -> dict[str, str]:

@@ -9,16 +9,17 @@ layout holds: `kernels/triton/planes_form.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from anybit.kernels.compiling import CompileCase
 from anybit.kernels.linear.triton_endings import finish_cases
 from anybit.kernels.linear.triton_experts import experts_case
-from anybit.kernels.linear.triton_hopper import hopper_case
+from anybit.kernels.linear.triton_hopper import hopper_case, roles_cases
 from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.kernels.triton import planes_form, planes_launch
 from anybit.kernels.triton.planes_form import Form, form_of
-from anybit.kernels.triton.planes_hopper_launch import hopper_config
+from anybit.kernels.triton.planes_hopper_launch import hopper_config, hopper_seconds
 from anybit.kernels.triton.recipes import can_fake_quantize
 from anybit.platforms import Platform
 from anybit.platforms.archs import ARCHS
@@ -107,7 +108,11 @@ def matvec_seconds(request: Request, platform: Platform) -> float:
 
 def fused_seconds(request: Request, platform: Platform) -> float:
     """Packed bytes, decoded again for every 128 tokens, or the products, whichever takes longer."""
-    form = form_of(request.scheme, request.shape[-1])
+    form, (n, k) = form_of(request.scheme, request.shape[-1]), request.shape[-2:]
+    modelled = hopper_seconds(form, n, k, request.tokens, platform.arch)
+    if modelled is not None and request.kind != "experts":
+        read = _bytes(request) / max(platform.bandwidth, 1e9)
+        return _quantize_seconds(request, platform) + max(modelled, _LAUNCH_SECONDS + read)
     is_fine = form.scaling == "fold" and form.group == 16
     share = _TABLE_SHARE if form.kind == "table" else _FINE_SHARE if is_fine else _MEMORY_SHARE[form.scaling]
     share *= _MORE_TOKENS_SHARE if request.tokens > 8 else 1.0
@@ -211,7 +216,9 @@ _SAMPLES: Final[Mapping[str, Scheme]] = {
 _MAIN: Final = ("int4 g128", "nvfp4")
 _EVERY_M: Final = ("sm_100", "sm_103")  # where all are compiled so: large tiles of many sums have come out empty
 _OF_EXPERTS: Final = ("int4 g128", "uint4 g128 zp", "mxfp4", "nvfp4", "q4_k")
-_OF_HOPPER: Final = ("int4 g128", "uint4 g128 zp", "mxfp4", "nvfp4")
+_OF_HOPPER: Final[Mapping[str, Scheme]] = {name: _SAMPLES[name] for name in (
+    "int4 g128", "uint4 g128 zp", "mxfp4", "nvfp4")} | {"uint4 g32 zp": Scheme("uint4", (
+        ScaleLevel("float16", group(32)),), offset=Offset("zero_point", "uint4", group(32)))}
 _QUANTIZED: Final = ("nvfp4",)  # compiled with factors of x's rows
 _SHAPE: Final = (4096, 4096)
 _LARGE_SHAPE: Final = (57344, 8192)  # compiled too where its tiles are others
@@ -258,16 +265,24 @@ def _product_cases(kernel: str, arch: str, tokens: tuple[int, ...]) -> Iterator[
 def _hopper_cases(kernel: str, arch: str, tokens: tuple[int, ...]) -> Iterator[CompileCase]:
     """The products that the kernels in Gluon take, where their launches differ."""
     seen = set()
-    for name in _OF_HOPPER:
+    for name, scheme in _OF_HOPPER.items():
         for dtype in ("bfloat16", "float16") if name in _MAIN else ("bfloat16",):
             for shape in (_SHAPE, _LARGE_SHAPE):
                 for m in tokens:
-                    case = hopper_case(_product_case(kernel, arch, name, _SAMPLES[name], dtype, m, shape),
-                                       form_of(_SAMPLES[name], shape[1]), shape, m)  # fmt: skip
+                    case = hopper_case(_product_case(kernel, arch, name, scheme, dtype, m, shape),
+                                       form_of(scheme, shape[1]), shape, m)  # fmt: skip
                     key = case and (name, dtype, case.function, tuple(case.constants.items()), case.num_warps)
                     if case is not None and key not in seen:
                         seen.add(key)
                         yield case
+
+
+def _roles_cases(arch: str) -> Iterator[CompileCase]:
+    """Every tile of more than 32 tokens, whichever a shape would have."""
+    for name, scheme in _OF_HOPPER.items() if arch == "sm_90" else ():
+        for dtype in ("bfloat16", "float16") if name in _MAIN else ("bfloat16",):
+            case = _product_case("triton-fused", arch, name, scheme, dtype, 64, _SHAPE)
+            yield from roles_cases(replace(case, label=f"{name} {dtype}"), form_of(scheme, _SHAPE[1]))
 
 
 def _tile_of(case: CompileCase) -> tuple[object, ...]:
@@ -324,7 +339,7 @@ def fused_cases(arch: str) -> list[CompileCase]:
     experts = [experts_case(_product_case("triton-fused", arch, name, _SAMPLES[name], "bfloat16", m, _SHAPE))
                for name in _OF_EXPERTS for m in (1, 64)]
     return [*_product_cases("triton-fused", arch, (16, 64, 512)), *experts,
-            *_hopper_cases("triton-fused", arch, (16, 32, 64, 128, 512))]
+            *_hopper_cases("triton-fused", arch, (16, 32)), *_roles_cases(arch)]
 
 
 def expand_cases(arch: str) -> list[CompileCase]:

@@ -18,7 +18,7 @@ from anybit.kernels.triton.planes_form import ROWS, Form
 from anybit.kernels.triton.planes_hopper_roles_launch import RolesConfig, roles_planned
 from anybit.kernels.triton.planes_launch import constants
 
-__all__ = ["HopperConfig", "hopper_config", "hopper_constants", "planned", "shared_bytes", "takes"]
+__all__ = ["HopperConfig", "hopper_config", "hopper_constants", "hopper_seconds", "planned", "shared_bytes", "takes"]
 
 _ARCH: Final = "sm_90"
 _MULTIPROCESSORS: Final = 132
@@ -68,12 +68,19 @@ def hopper_config(form: Form, rows: int, columns: int, tokens: int, arch: str) -
     return None if isinstance(made, RolesConfig) and _triton() < _SPECIALIZES else made
 
 
+def hopper_seconds(form: Form, rows: int, columns: int, tokens: int, arch: str) -> float | None:
+    """How long such a launch takes on an H200, where that is modelled."""
+    if not isinstance(hopper_config(form, rows, columns, tokens, arch), RolesConfig):
+        return None
+    return roles_planned(form, -(-rows // ROWS) * ROWS, columns, tokens)[0]
+
+
 def planned(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig | RolesConfig | None:
     """The same, whatever is installed; pure."""
     if columns % _ALIGNED or not takes(form):
         return None
     rows = -(-rows // ROWS) * ROWS
-    return _few(form, rows, columns, tokens) if tokens <= 32 else roles_planned(form, rows, columns, tokens)
+    return _few(form, rows, columns, tokens) if tokens <= 32 else roles_planned(form, rows, columns, tokens)[1]
 
 
 def shared_bytes(form: Form, config: HopperConfig) -> int:

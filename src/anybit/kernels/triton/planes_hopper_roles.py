@@ -90,7 +90,8 @@ def _copy_w(
                     load_tile(s, [k // G * pitch + first], ready.index(stage), s_tiles.index(stage * SCALES + j))
                 if ZEROS:
                     group = k // G if G > 0 else 0
-                    load_tile(z, [group * z_stride + first], ready.index(stage), z_tiles.index(stage * SCALES + j))
+                    load_tile(z, [group * z_stride + first], ready.index(stage),
+                              z_tiles.index(stage * SCALES + j).slice(0, BN))
             stage, phase = _after(stage, phase, STAGES, 1)
             i += 1
 
@@ -290,7 +291,8 @@ def roles_kernel(
     SHARE       with STREAM the steps of 256 inputs that a program multiplies
     U           inputs that are multiplied at once: 64, or as many as a group has
     XW, X_RING  inputs of x that arrive at once, and times 256 inputs of x in shared memory
-    W_STAGES    times 256 inputs of W in shared memory
+    W_STAGES    times 256 inputs of W in shared memory; like X_RING a multiple of TURNS, so that a place is always read
+                by the same teams: whoever missed one phase of its barrier would take that for the next one
     FLIGHT      products that may run while an operand is decoded beside the one that follows them: at most 1
     SUMS        sums of groups in turn: with 2 those of one are added while the next are made
     WAITS       launched while the kernel before it ends, which is waited for once W's first words are on the way; and
@@ -306,7 +308,8 @@ def roles_kernel(
         s_tiles = gl.allocate_shared_memory(s.dtype, [W_STAGES * SCALES, BN], s.layout)
     z_tiles = w_tiles
     if ZEROS:
-        z_tiles = gl.allocate_shared_memory(gl.uint8, [W_STAGES * SCALES, BN], z.layout)
+        Z_ROWS: gl.constexpr = BN if BN > 128 else 128  # copies begin at multiples of 128 bytes
+        z_tiles = gl.allocate_shared_memory(gl.uint8, [W_STAGES * SCALES, Z_ROWS], z.layout)
     x_ready = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
     x_free = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
     w_ready = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())

@@ -75,41 +75,43 @@ class Tile(NamedTuple):
     apart: float
 
 
-def _tile(tokens: int, rows: int, teams: int, turns: int, ring: int, held: int,
-          times: tuple[float, float, float, float], **more: int) -> Tile:
-    return Tile(RolesConfig(tokens, rows, teams, turns, x_ring=ring, w_stages=held, **more), *(1e-6 * t for t in times))
+def _tile(config: RolesConfig, *times: float) -> Tile:
+    step, start, even, apart = (1e-6 * time for time in times)
+    return Tile(config, step, start, even, apart)
 
 
 # As measured on an H200 (a product alone, weights cold), by what the sums are made of: those of groups, of groups of
 # fewer than 64 inputs, of operands with their scales, or of rows.
 _TILES: Final[Mapping[str, tuple[Tile, ...]]] = {
     "groups": (
-        _tile(32, 128, 4, 2, 6, 6, (0.67, 6.5, 4.1, 2.1), flight=0),
-        _tile(64, 64, 2, 2, 3, 6, (0.52, 5.0, 3.8, 2.0)),
-        _tile(64, 128, 2, 1, 3, 6, (1.0, 5.3, 5.6, 2.9)),
-        _tile(64, 256, 4, 1, 3, 3, (1.7, 5.8, 10.2, 9.4), flight=0),
-        _tile(128, 64, 2, 2, 2, 4, (0.88, 4.6, 6.5, 2.0)),
-        _tile(128, 128, 2, 1, 2, 4, (1.63, 5.0, 9.7, 5.8)),
+        _tile(RolesConfig(32, 128, 4, 2, x_ring=6, w_stages=6, flight=0), 0.67, 6.5, 4.1, 2.1),
+        _tile(RolesConfig(64, 64, 2, 2, x_ring=4, w_stages=6), 0.52, 5.0, 3.8, 2.0),
+        _tile(RolesConfig(64, 128, x_ring=3, w_stages=6), 1.0, 5.3, 5.6, 2.9),
+        _tile(RolesConfig(64, 256, 4, x_ring=3, w_stages=3, flight=0), 1.7, 5.8, 10.2, 9.4),
+        _tile(RolesConfig(128, 64, 2, 2, x_ring=2, w_stages=4), 0.88, 4.6, 6.5, 2.0),
+        _tile(RolesConfig(128, 128, x_ring=2, w_stages=4), 1.63, 5.0, 9.7, 5.8),
     ),
     "small groups": (
-        _tile(64, 128, 2, 1, 3, 5, (1.38, 5.2, 6.5, 4.0), sums=2),
-        _tile(128, 128, 2, 1, 2, 4, (2.2, 5.6, 10.6, 6.0)),
+        _tile(RolesConfig(64, 64, 2, 2, x_ring=4, w_stages=6, sums=2), 0.72, 5.0, 3.8, 2.0),
+        _tile(RolesConfig(128, 64, 2, 2, x_ring=2, w_stages=4), 1.15, 4.6, 6.5, 2.0),
+        _tile(RolesConfig(64, 128, x_ring=3, w_stages=5, sums=2), 1.38, 5.2, 6.5, 4.0),
+        _tile(RolesConfig(128, 128, x_ring=2, w_stages=4), 2.2, 5.6, 10.6, 6.0),
     ),
     "operands": (
-        _tile(64, 64, 2, 2, 3, 6, (0.62, 5.0, 3.8, 2.0)),
-        _tile(64, 128, 2, 1, 3, 6, (1.2, 4.9, 6.3, 3.7)),
-        _tile(64, 256, 2, 1, 2, 4, (2.2, 4.0, 12.3, 11.6), flight=0),
-        _tile(128, 64, 2, 2, 2, 4, (0.9, 4.2, 6.4, 2.9)),
-        _tile(128, 128, 2, 1, 2, 4, (1.6, 4.4, 10.1, 6.1)),
-        _tile(256, 128, 2, 1, 1, 4, (2.7, 3.4, 22.0, 13.2), x_width=64),
+        _tile(RolesConfig(64, 64, 2, 2, x_ring=4, w_stages=6), 0.62, 5.0, 3.8, 2.0),
+        _tile(RolesConfig(64, 128, x_ring=3, w_stages=6), 1.2, 4.9, 6.3, 3.7),
+        _tile(RolesConfig(64, 256, x_ring=2, w_stages=4, flight=0), 2.2, 4.0, 12.3, 11.6),
+        _tile(RolesConfig(128, 64, 2, 2, x_ring=2, w_stages=4), 0.9, 4.2, 6.4, 2.9),
+        _tile(RolesConfig(128, 128, x_ring=2, w_stages=4), 1.6, 4.4, 10.1, 6.1),
+        _tile(RolesConfig(256, 128, x_ring=1, w_stages=4, x_width=64), 2.7, 3.4, 22.0, 13.2),
     ),
 }
 
 
-def roles_planned(form: Form, rows: int, columns: int, tokens: int) -> RolesConfig:
-    """The launch for `tokens` with a weight of `rows` (padded) that `planes_hopper_launch.takes`; pure."""
+def roles_planned(form: Form, rows: int, columns: int, tokens: int) -> tuple[float, RolesConfig]:
+    """Seconds and the launch of a product of `tokens` with a weight of `rows`, padded, that is taken on sm_90; pure."""
     found = [made for tile in tiles(form) for made in divided(tile, rows, columns, tokens)]
-    return min(found, key=lambda pair: pair[0])[1]
+    return min(found, key=lambda pair: pair[0])
 
 
 def _kind(form: Form) -> str:
@@ -128,7 +130,7 @@ def _fitting(form: Form, tile: Tile) -> Tile:
     if form.scaling == "group":
         config = replace(config, unit=min(X_COLUMNS, form.run * form.tile))
     while roles_bytes(form, config) > _STAGE_BYTES:
-        config = replace(config, w_stages=config.w_stages - 1)
+        config = replace(config, w_stages=config.w_stages - config.turns)
     return tile._replace(config=config)
 
 
@@ -136,17 +138,17 @@ def divided(tile: Tile, rows: int, columns: int, tokens: int) -> Iterator[tuple[
     """Ways to divide the work among programs, and modelled seconds: whole tiles, equal parts of each, even shares."""
     blocks = -(-columns // _AT_ONCE)
     config = replace(tile.config, blocks=blocks)
-    tiles, least = config.tiles(tokens, rows), _LEAST * config.turns
-    yield tile.start + -(-tiles // _UNITS) * blocks * tile.step, config
-    for parts in range(2, min(_UNITS // tiles, blocks // least, _MOST_PARTS) + 1):
+    count, least = config.tiles(tokens, rows), _LEAST * config.turns
+    yield tile.start + -(-count // _UNITS) * blocks * tile.step, config
+    for parts in range(2, min(_UNITS // count, blocks // least, _MOST_PARTS) + 1):
         share = -(-blocks // parts)
         whole = -(-blocks // share) * share  # beyond the last block is nothing: zeros
         yield (tile.start + tile.apart + share * tile.step,
-               replace(config, blocks=whole, share=share, programs=tiles * whole // share))
-    share = max(-(-tiles * blocks // _UNITS), least)
-    if share < -(-tiles // _UNITS) * blocks:
+               replace(config, blocks=whole, share=share, programs=count * whole // share))
+    share = max(-(-count * blocks // _UNITS), least)
+    if share < -(-count // _UNITS) * blocks:
         yield (tile.start + tile.even + share * tile.step,
-               replace(config, share=share, programs=-(-tiles * blocks // share)))
+               replace(config, share=share, programs=-(-count * blocks // share)))
 
 
 def scales_of(form: Form) -> int:
@@ -159,7 +161,8 @@ def scales_of(form: Form) -> int:
 def roles_bytes(form: Form, config: RolesConfig) -> int:
     """Shared memory of the stages."""
     width = 0 if form.scaling == "row" else 4  # at most
-    words = config.rows * (_AT_ONCE // 2 + scales_of(form) * (width + form.has_zeros))
+    zeros = max(config.rows, 128) if form.has_zeros else 0
+    words = config.rows * (_AT_ONCE // 2 + scales_of(form) * width) + scales_of(form) * zeros
     left = config.tokens * config.rows * 4 * (config.turns - 1)  # sums of the teams of other turns
     return config.x_ring * config.tokens * 2 * _AT_ONCE + config.w_stages * words + left
 
