@@ -50,7 +50,7 @@ def hopper_case(case: CompileCase, form: Form, shape: tuple[int, int], tokens: i
 def roles_cases(case: CompileCase, form: Form) -> Iterator[CompileCase]:
     """Cases of `roles_kernel` like one of `matmul_kernel`: each tile of the form, whole and in parts."""
     for tile in tiles(form):
-        for parts in ("", " in parts"):
+        for parts in ("", " in parts") if tile.is_divisible else ("",):
             config = replace(tile.config, share=len(parts))
             yield replace(
                 case, function="anybit.kernels.triton.planes_hopper_roles:roles_kernel", num_warps=4, num_stages=1,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, Final, NamedTuple
 
 from anybit.kernels.triton.planes_form import Form
 from anybit.kernels.triton.planes_launch import constants
 
-__all__ = ["X_COLUMNS", "RolesConfig", "Tile", "divided", "roles_bytes", "roles_constants", "roles_planned",
-           "scale_layout", "scales_of", "tiles", "word_layout", "x_layout"]
+__all__ = ["X_COLUMNS", "RolesConfig", "Tile", "divided", "has_few_tokens", "roles_bytes", "roles_constants",
+           "roles_planned", "scale_layout", "scales_of", "tiles", "word_layout", "x_layout"]
 
 X_COLUMNS: Final = 64  # inputs of a box of x: 128 bytes
 _AT_ONCE: Final = 256  # inputs of a step
@@ -65,7 +66,7 @@ class RolesConfig:
 class Tile(NamedTuple):
     """A tile, and how long it takes (seconds): a step, and once a call; more where tiles are divided.
 
-    even, apart  into even shares of all steps, which begin anywhere; into parts that begin with a tile or with another
+    even, apart  into even shares of all steps, which begin anywhere; into equal parts of each tile. Infinity: never
     """
 
     config: RolesConfig
@@ -73,6 +74,11 @@ class Tile(NamedTuple):
     start: float
     even: float
     apart: float
+
+    @property
+    def is_divisible(self) -> bool:
+        """True where programs may share a tile."""
+        return self.even < inf
 
 
 def _tile(config: RolesConfig, *times: float) -> Tile:
@@ -103,7 +109,7 @@ _TILES: Final[Mapping[str, tuple[Tile, ...]]] = {
         _tile(RolesConfig(64, 256, x_ring=2, w_stages=4, flight=0), 2.2, 4.0, 12.3, 11.6),
         _tile(RolesConfig(128, 64, 2, 2, x_ring=2, w_stages=4), 0.9, 4.2, 6.4, 2.9),
         _tile(RolesConfig(128, 128, x_ring=2, w_stages=4), 1.6, 4.4, 10.1, 6.1),
-        _tile(RolesConfig(256, 128, x_ring=1, w_stages=4, x_width=64), 2.7, 3.4, 22.0, 13.2),
+        _tile(RolesConfig(256, 128, x_ring=1, w_stages=4, x_width=64), 2.7, 3.4, inf, inf),
     ),
 }
 
@@ -112,6 +118,11 @@ def roles_planned(form: Form, rows: int, columns: int, tokens: int) -> tuple[flo
     """Seconds and the launch of a product of `tokens` with a weight of `rows`, padded, that is taken on sm_90; pure."""
     found = [made for tile in tiles(form) for made in divided(tile, rows, columns, tokens)]
     return min(found, key=lambda pair: pair[0])
+
+
+def has_few_tokens(form: Form) -> bool:
+    """True where one of the tiles has but 32 tokens."""
+    return any(tile.config.tokens == 32 for tile in _TILES[_kind(form)])
 
 
 def _kind(form: Form) -> str:
@@ -140,6 +151,8 @@ def divided(tile: Tile, rows: int, columns: int, tokens: int) -> Iterator[tuple[
     config = replace(tile.config, blocks=blocks)
     count, least = config.tiles(tokens, rows), _LEAST * config.turns
     yield tile.start + -(-count // _UNITS) * blocks * tile.step, config
+    if not tile.is_divisible:
+        return
     for parts in range(2, min(_UNITS // count, blocks // least, _MOST_PARTS) + 1):
         share = -(-blocks // parts)
         whole = -(-blocks // share) * share  # beyond the last block is nothing: zeros
