@@ -26,7 +26,7 @@ _MULTIPROCESSORS: Final = 132
 _FIRST, _LAST = (3, 5), (3, 9)  # versions of Triton whose Gluon the kernels are written for
 _SPECIALIZES: Final = (3, 6)  # the first in which warps are given different work as `planes_hopper_roles` does
 _AT_ONCE: Final = 256  # inputs that the kernels take at once
-_LARGE: Final = 48_000_000  # weights of a matrix from which on programs of a whole multiprocessor are faster for 17 tokens
+_LARGE: Final = 48_000_000  # weights from which on programs of a whole multiprocessor are faster for 17 tokens
 _ALIGNED: Final = 16  # what K and the stride of x are multiples of, so that x is copied 16 bytes at a time
 
 
