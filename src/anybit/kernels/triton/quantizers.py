@@ -39,7 +39,7 @@ from anybit.numerics.scales import quotient
 
 __all__ = ["Form", "Quantized", "Quantizer", "QuantizerPlan", "fake_quantize", "quantize"]
 
-_FOLLOWING_ROWS: Final = 64
+_FOLLOWING_ROWS: Final = 512
 _NONE: Final[Mapping[str, Tensor]] = MappingProxyType({})
 
 

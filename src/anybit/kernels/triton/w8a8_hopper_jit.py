@@ -25,23 +25,11 @@ load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared 
 
 @gluon.jit
 def place(tile, tiles_m, tiles_n, BAND: gl.constexpr):
-    """Tile of x and of W: BAND rows of tiles are walked together, for the cache.
-
-    Where a band is 8 tiles high and 16 more of W follow, programs of neighbouring multiprocessors take 2 by 4 of these
-    128 tiles, and those whose numbers are equal modulo 8 take 4 by 4: measured, they want fewer bytes of the cache.
-    """
+    """Tile of x and of W: BAND rows of tiles are walked together, for the cache."""
     width = BAND * tiles_n
     first = tile // width * BAND
     height = gl.minimum(tiles_m - first, BAND)
-    at = tile % width
-    m = at % height
-    n = at // height
-    if BAND == 8:
-        part = at % 128
-        is_whole = (height == 8) & (at // 128 < tiles_n // 16)
-        m = gl.where(is_whole, 4 * (part % 2) + part // 8 % 4, m)
-        n = gl.where(is_whole, at // 128 * 16 + 4 * (part % 8 // 2) + part // 32, n)
-    return first + m, n
+    return first + (tile % width) % height, (tile % width) // height
 
 
 @gluon.jit
@@ -107,27 +95,22 @@ def copy_tiles(
 
 
 @gluon.jit
-def multiply(x_tiles, w_tiles, ready, i, acc, use_acc, TEAM: gl.constexpr, TEAMS: gl.constexpr,
-             STAGES: gl.constexpr):
-    """Start the product of the tiles of step i."""
+def await_tiles(ready, i, is_there, STAGES: gl.constexpr):
+    """Wait for the tiles of step i, if there is such a step."""
+    mbarrier.wait(ready.index(i % STAGES), (i // STAGES) & 1, pred=is_there)
+
+
+@gluon.jit
+def multiply(x_tiles, w_tiles, i, acc, use_acc, TEAM: gl.constexpr, TEAMS: gl.constexpr, STAGES: gl.constexpr):
+    """Start the product of the tiles of step i, which are there."""
     stage = i % STAGES
-    mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
     return warpgroup_mma(x_tiles.index(stage * TEAMS + TEAM), w_tiles.index(stage).permute((1, 0)), acc,
                          use_acc=use_acc, is_async=True)
 
 
 @gluon.jit
-def beside(number, rows):
-    """A pointer once for each row (rows >= 0), which the compiler does not see to be the same.
-
-    It would keep what one pointer points to in a register that warps share, and so wait for it as soon as it is read.
-    """
-    return number + gl.minimum(rows, 0)
-
-
-@gluon.jit
 def read_scales(sx, sw, block, last, M, within):
-    """Scales of the rows of x, and W's number beside each of them, in a block of K."""
+    """Scales of the rows of x, and the number of W's rows, in a block of K."""
     at = gl.minimum(block, last)
     return gl.load(sx + at * M, mask=within, other=0.0), gl.load(sw + at)
 
@@ -216,7 +199,8 @@ def multiply_tiles(
         acc = gl.zeros([ROWS, BN], KEPT, MMA)
         if IS_INTEGER:
             for j in range(count):
-                acc = multiply(x_tiles, w_tiles, ready, i, acc, j > 0, TEAM, TEAMS, STAGES)
+                await_tiles(ready, i, True, STAGES)
+                acc = multiply(x_tiles, w_tiles, i, acc, j > 0, TEAM, TEAMS, STAGES)
                 acc = warpgroup_mma_wait(1, deps=[acc])
                 mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=j > 0)
                 i += 1
@@ -233,27 +217,32 @@ def multiply_tiles(
             sx = sx_ptr + rows
             sw = sw_ptr
             if IN_BLOCKS:
-                sw = beside(sw_ptr + tile_n * BN // W_ROWS * GROUPS, rows)
+                sw += tile_n * BN // W_ROWS * GROUPS
                 sx_even, sw_even = read_scales(sx, sw, start, last, M, rows < M)
                 sx_odd, sw_odd = read_scales(sx, sw, start + 1, last, M, rows < M)
             else:
                 sx_even, sw_even, sx_odd, sw_odd = 1.0, 1.0, 1.0, 1.0
-            acc = multiply(x_tiles, w_tiles, ready, i, acc, False, TEAM, TEAMS, STAGES)
+            # while the matrix unit has work, and not between its pieces: tiles are awaited and given back
+            await_tiles(ready, i, True, STAGES)
+            acc = multiply(x_tiles, w_tiles, i, acc, False, TEAM, TEAMS, STAGES)
             acc = warpgroup_mma_wait(1, deps=[acc])
+            await_tiles(ready, i + 1, count > 1, STAGES)
             for j in range((count - 1) // 2):
-                other = multiply(x_tiles, w_tiles, ready, i + 1, other, False, TEAM, TEAMS, STAGES)
+                other = multiply(x_tiles, w_tiles, i + 1, other, False, TEAM, TEAMS, STAGES)
                 factor = product_of(sx_even, sw_even, IN_BLOCKS)
                 if IN_BLOCKS:
                     sx_even, sw_even = read_scales(sx, sw, start + 2 * j + 2, last, M, rows < M)
+                mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=j > 0)
+                await_tiles(ready, i + 2, True, STAGES)
                 acc, other = warpgroup_mma_wait(1, deps=[acc, other])
-                mbarrier.arrive(free.index(i % STAGES), count=1)
                 sums = add_scaled(sums, acc, factor, IN_BLOCKS)
-                acc = multiply(x_tiles, w_tiles, ready, i + 2, acc, False, TEAM, TEAMS, STAGES)
+                acc = multiply(x_tiles, w_tiles, i + 2, acc, False, TEAM, TEAMS, STAGES)
                 factor_odd = product_of(sx_odd, sw_odd, IN_BLOCKS)
                 if IN_BLOCKS:
                     sx_odd, sw_odd = read_scales(sx, sw, start + 2 * j + 3, last, M, rows < M)
+                mbarrier.arrive(free.index(i % STAGES), count=1)
+                await_tiles(ready, i + 3, 2 * j + 3 < count, STAGES)
                 other, acc = warpgroup_mma_wait(1, deps=[other, acc])
-                mbarrier.arrive(free.index((i + 1) % STAGES), count=1)
                 sums = add_scaled(sums, other, factor_odd, IN_BLOCKS)
                 i += 2
             end_even = product_of(sx_even, sw_even, IN_BLOCKS)
@@ -261,7 +250,8 @@ def multiply_tiles(
             ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, row, out, M, N, IS_SHIFTED, W_SHIFTED,
                                  IN_BLOCKS)
             if count % 2 == 0:
-                other = multiply(x_tiles, w_tiles, ready, i + 1, other, False, TEAM, TEAMS, STAGES)
+                other = multiply(x_tiles, w_tiles, i + 1, other, False, TEAM, TEAMS, STAGES)
+                mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=count > 2)
                 acc, other = warpgroup_mma_wait(0, deps=[acc, other])
                 mbarrier.arrive(free.index(i % STAGES), count=1)
                 mbarrier.arrive(free.index((i + 1) % STAGES), count=1)
@@ -269,6 +259,7 @@ def multiply_tiles(
                 sums = add_scaled(sums, other, end_odd, IN_BLOCKS)
                 i += 2
             else:
+                mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=count > 1)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(free.index(i % STAGES), count=1)
                 sums = add_scaled(sums, acc, end_even, IN_BLOCKS)
