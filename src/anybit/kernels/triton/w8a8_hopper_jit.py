@@ -204,8 +204,9 @@ def multiply_tiles(
                 acc = warpgroup_mma_wait(1, deps=[acc])
                 mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=j > 0)
                 i += 1
-            ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, row, out, M, N, IS_SHIFTED, W_SHIFTED,
-                                 IN_BLOCKS)
+            if not STREAM:
+                ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, row, out, M, N, IS_SHIFTED,
+                                     W_SHIFTED, IN_BLOCKS)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1)
             result = acc
@@ -247,19 +248,24 @@ def multiply_tiles(
                 i += 2
             end_even = product_of(sx_even, sw_even, IN_BLOCKS)
             end_odd = product_of(sx_odd, sw_odd, IN_BLOCKS)
-            ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, row, out, M, N, IS_SHIFTED, W_SHIFTED,
-                                 IN_BLOCKS)
             if count % 2 == 0:
                 other = multiply(x_tiles, w_tiles, i + 1, other, False, TEAM, TEAMS, STAGES)
                 mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=count > 2)
-                acc, other = warpgroup_mma_wait(0, deps=[acc, other])
+                acc, other = warpgroup_mma_wait(1, deps=[acc, other])
                 mbarrier.arrive(free.index(i % STAGES), count=1)
-                mbarrier.arrive(free.index((i + 1) % STAGES), count=1)
                 sums = add_scaled(sums, acc, end_even, IN_BLOCKS)
+                if not STREAM:
+                    ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, row, out, M, N, IS_SHIFTED,
+                                         W_SHIFTED, IN_BLOCKS)
+                other = warpgroup_mma_wait(0, deps=[other])
+                mbarrier.arrive(free.index((i + 1) % STAGES), count=1)
                 sums = add_scaled(sums, other, end_odd, IN_BLOCKS)
                 i += 2
             else:
                 mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=count > 1)
+                if not STREAM:
+                    ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, row, out, M, N, IS_SHIFTED,
+                                         W_SHIFTED, IN_BLOCKS)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(free.index(i % STAGES), count=1)
                 sums = add_scaled(sums, acc, end_even, IN_BLOCKS)
@@ -289,6 +295,9 @@ def multiply_tiles(
                         result += gl.load(part + slot.to(gl.int64) * WHOLE + mine, cache_modifier=".cg")
                         slot = 2 * program + 2
         if is_done:
+            if STREAM:  # not held while parts are added
+                ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, row, out, M, N, IS_SHIFTED,
+                                     W_SHIFTED, IN_BLOCKS)
             held = gl.convert_layout(result, END)
             r = scaled(held, ending[0], ending[1], ending[2], ending[3], ending[4], ending[5], IS_SHIFTED, W_SHIFTED)
             if HAS_BIAS:
