@@ -274,7 +274,7 @@ class StoredRows8(Launched):
 
         product, factor, view = self._product, self._factor, _VIEW[given.kind]
         (m, n), k = (x.shape[0], self.shape[0]), self._codes.shape[1]
-        quantize = self.quantizer(given).plan(x, leads=config.waits and m <= _LEADING_ROWS)
+        quantize = self.quantizer(given).plan(x, leads=config.waits and m <= _LEADING_ROWS, follows=config.waits)
         pieces, size = quantize.pieces, quantize.scratch_bytes
         parts, counters = cast("tuple[Argument, Argument]", (factor, factor))
         if config.share:

@@ -95,15 +95,11 @@ def copy_tiles(
 
 
 @gluon.jit
-def await_tiles(ready, i, is_there, STAGES: gl.constexpr):
-    """Wait for the tiles of step i, if there is such a step."""
-    mbarrier.wait(ready.index(i % STAGES), (i // STAGES) & 1, pred=is_there)
-
-
-@gluon.jit
-def multiply(x_tiles, w_tiles, i, acc, use_acc, TEAM: gl.constexpr, TEAMS: gl.constexpr, STAGES: gl.constexpr):
-    """Start the product of the tiles of step i, which are there."""
+def multiply(x_tiles, w_tiles, ready, i, acc, use_acc, TEAM: gl.constexpr, TEAMS: gl.constexpr,
+             STAGES: gl.constexpr):
+    """Start the product of the tiles of step i."""
     stage = i % STAGES
+    mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
     return warpgroup_mma(x_tiles.index(stage * TEAMS + TEAM), w_tiles.index(stage).permute((1, 0)), acc,
                          use_acc=use_acc, is_async=True)
 
@@ -151,9 +147,11 @@ def scaled(acc, sx, sw, zx, cs, xs, zw, IS_SHIFTED: gl.constexpr, W_SHIFTED: gl.
 
 
 @gluon.jit
-def read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, row, out, M, N, IS_SHIFTED: gl.constexpr,
-                W_SHIFTED: gl.constexpr, IN_BLOCKS: gl.constexpr):
-    """The vectors that `scaled` reads, for these rows of x and of W."""
+def read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, m, n, M, N, ROWS: gl.constexpr, BN: gl.constexpr,
+                LAYOUT: gl.constexpr, IS_SHIFTED: gl.constexpr, W_SHIFTED: gl.constexpr, IN_BLOCKS: gl.constexpr):
+    """The vectors that `scaled` reads, for ROWS rows of x from m on and BN rows of W from n on."""
+    row = m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    out = n + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
     sx, sw, zx, cs, xs, zw = 1.0, 1.0, 0, 0, 0, 0
     if not IN_BLOCKS:
         sx = gl.expand_dims(gl.load(sx_ptr + row, mask=row < M, other=0.0), 1)
@@ -194,19 +192,16 @@ def multiply_tiles(
         tile, start = step_at(i, blocks, SHARE, STREAM)
         tile_m, tile_n = place(tile, tiles_m, tiles_n, BAND)
         count = gl.minimum(blocks - start, steps - i)
-        row = tile_m * BM + TEAM * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, END))
-        out = tile_n * BN + gl.arange(0, BN, gl.SliceLayout(0, END))
         acc = gl.zeros([ROWS, BN], KEPT, MMA)
         if IS_INTEGER:
             for j in range(count):
-                await_tiles(ready, i, True, STAGES)
-                acc = multiply(x_tiles, w_tiles, i, acc, j > 0, TEAM, TEAMS, STAGES)
+                acc = multiply(x_tiles, w_tiles, ready, i, acc, j > 0, TEAM, TEAMS, STAGES)
                 acc = warpgroup_mma_wait(1, deps=[acc])
                 mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=j > 0)
                 i += 1
             if not STREAM:
-                ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, row, out, M, N, IS_SHIFTED,
-                                     W_SHIFTED, IN_BLOCKS)
+                ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, tile_m * BM + TEAM * ROWS,
+                                     tile_n * BN, M, N, ROWS, BN, END, IS_SHIFTED, W_SHIFTED, IN_BLOCKS)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1)
             result = acc
@@ -223,49 +218,38 @@ def multiply_tiles(
                 sx_odd, sw_odd = read_scales(sx, sw, start + 1, last, M, rows < M)
             else:
                 sx_even, sw_even, sx_odd, sw_odd = 1.0, 1.0, 1.0, 1.0
-            # while the matrix unit has work, and not between its pieces: tiles are awaited and given back
-            await_tiles(ready, i, True, STAGES)
-            acc = multiply(x_tiles, w_tiles, i, acc, False, TEAM, TEAMS, STAGES)
+            acc = multiply(x_tiles, w_tiles, ready, i, acc, False, TEAM, TEAMS, STAGES)
             acc = warpgroup_mma_wait(1, deps=[acc])
-            await_tiles(ready, i + 1, count > 1, STAGES)
             for j in range((count - 1) // 2):
-                other = multiply(x_tiles, w_tiles, i + 1, other, False, TEAM, TEAMS, STAGES)
+                other = multiply(x_tiles, w_tiles, ready, i + 1, other, False, TEAM, TEAMS, STAGES)
                 factor = product_of(sx_even, sw_even, IN_BLOCKS)
                 if IN_BLOCKS:
                     sx_even, sw_even = read_scales(sx, sw, start + 2 * j + 2, last, M, rows < M)
-                mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=j > 0)
-                await_tiles(ready, i + 2, True, STAGES)
                 acc, other = warpgroup_mma_wait(1, deps=[acc, other])
+                mbarrier.arrive(free.index(i % STAGES), count=1)
                 sums = add_scaled(sums, acc, factor, IN_BLOCKS)
-                acc = multiply(x_tiles, w_tiles, i + 2, acc, False, TEAM, TEAMS, STAGES)
+                acc = multiply(x_tiles, w_tiles, ready, i + 2, acc, False, TEAM, TEAMS, STAGES)
                 factor_odd = product_of(sx_odd, sw_odd, IN_BLOCKS)
                 if IN_BLOCKS:
                     sx_odd, sw_odd = read_scales(sx, sw, start + 2 * j + 3, last, M, rows < M)
-                mbarrier.arrive(free.index(i % STAGES), count=1)
-                await_tiles(ready, i + 3, 2 * j + 3 < count, STAGES)
                 other, acc = warpgroup_mma_wait(1, deps=[other, acc])
+                mbarrier.arrive(free.index((i + 1) % STAGES), count=1)
                 sums = add_scaled(sums, other, factor_odd, IN_BLOCKS)
                 i += 2
             end_even = product_of(sx_even, sw_even, IN_BLOCKS)
             end_odd = product_of(sx_odd, sw_odd, IN_BLOCKS)
+            if not STREAM:
+                ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, tile_m * BM + TEAM * ROWS,
+                                     tile_n * BN, M, N, ROWS, BN, END, IS_SHIFTED, W_SHIFTED, IN_BLOCKS)
             if count % 2 == 0:
-                other = multiply(x_tiles, w_tiles, i + 1, other, False, TEAM, TEAMS, STAGES)
-                mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=count > 2)
-                acc, other = warpgroup_mma_wait(1, deps=[acc, other])
+                other = multiply(x_tiles, w_tiles, ready, i + 1, other, False, TEAM, TEAMS, STAGES)
+                acc, other = warpgroup_mma_wait(0, deps=[acc, other])
                 mbarrier.arrive(free.index(i % STAGES), count=1)
-                sums = add_scaled(sums, acc, end_even, IN_BLOCKS)
-                if not STREAM:
-                    ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, row, out, M, N, IS_SHIFTED,
-                                         W_SHIFTED, IN_BLOCKS)
-                other = warpgroup_mma_wait(0, deps=[other])
                 mbarrier.arrive(free.index((i + 1) % STAGES), count=1)
+                sums = add_scaled(sums, acc, end_even, IN_BLOCKS)
                 sums = add_scaled(sums, other, end_odd, IN_BLOCKS)
                 i += 2
             else:
-                mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=count > 1)
-                if not STREAM:
-                    ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, row, out, M, N, IS_SHIFTED,
-                                         W_SHIFTED, IN_BLOCKS)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(free.index(i % STAGES), count=1)
                 sums = add_scaled(sums, acc, end_even, IN_BLOCKS)
@@ -296,11 +280,12 @@ def multiply_tiles(
                         slot = 2 * program + 2
         if is_done:
             if STREAM:  # not held while parts are added
-                ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, row, out, M, N, IS_SHIFTED,
-                                     W_SHIFTED, IN_BLOCKS)
+                ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, tile_m * BM + TEAM * ROWS,
+                                     tile_n * BN, M, N, ROWS, BN, END, IS_SHIFTED, W_SHIFTED, IN_BLOCKS)
             held = gl.convert_layout(result, END)
             r = scaled(held, ending[0], ending[1], ending[2], ending[3], ending[4], ending[5], IS_SHIFTED, W_SHIFTED)
             if HAS_BIAS:
+                out = tile_n * BN + gl.arange(0, BN, gl.SliceLayout(0, END))
                 r += gl.expand_dims(gl.load(bias_ptr + out, mask=out < N, other=0.0).to(gl.float32), 0)
             final = gl.convert_layout(r.to(out_ptr.dtype.element_ty), OUT)
             m = tile_m * BM + TEAM * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
