@@ -19,6 +19,7 @@ from torch import Tensor
 from anybit.kernels.catalogue import Stored
 from anybit.kernels.linear.tiled_torch import Tiled, as_bits
 from anybit.kernels.request import Kernels, Regime
+from anybit.kernels.triton import gemm16_hopper
 from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Launch, Piece, Zeros, launch, remember
 from anybit.kernels.triton.opaque import Launched, Run
@@ -370,8 +371,12 @@ def _product_into(
     out: Tensor, x: Tensor, weight: Tensor, factors: Tensor | None, bias: Tensor | None, alpha: float
 ) -> None:
     """out [M, n] = alpha x W^T (times factors of rows) + bias, with float32 sums and one rounding."""
+    is_plain = out.dtype == x.dtype and factors is None and (bias is None or bias.dtype == x.dtype)
+    if not is_plain and gemm16_hopper.takes(x, weight, out):
+        gemm16_hopper.product_into(out, x, weight, factors, bias, alpha)
+        return
     with _full_sums():
-        if out.dtype != x.dtype or factors is not None or (bias is not None and bias.dtype != x.dtype):
+        if not is_plain:
             wide = torch.mm(x, weight.T, out_dtype=torch.float32)
             _finish(wide, factors, bias, out, alpha)
         elif bias is not None:
