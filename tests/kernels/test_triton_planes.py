@@ -68,6 +68,19 @@ def test_preparing_loses_no_bit_of_a_genuine_layer(folder: str) -> None:
                 assert torch.equal(unpacked(packed), weight.dequantize()), str(layer.scheme)
 
 
+@pytest.mark.parametrize("name", ["int4 g128", "uint4 g128 zp", "nf4 g64"])
+@pytest.mark.parametrize("times, fits", [(1.0, True), (2.0**24, False), (2.0**-12, False)], ids=["usual", "large", "tiny"])
+def test_rows_are_written_out_as_float16_only_where_they_fit_it(name: str, times: float, fits: bool) -> None:
+    weight = sample_weight(_SAMPLES[name], (70, 512))
+    scales = weight.scales[0].clone()
+    scales[33] = scales[33] * times  # one row is enough: of the largest weights of float16, or lost below its smallest
+    weight = replace(weight, scales=(scales, *weight.scales[1:]))
+    for dtype, wanted in ((torch.float16, fits), (torch.bfloat16, True)):
+        packed = pack(weight, dtype)
+        assert packed is not None
+        assert planes.is_expandable(packed, dtype) is wanted
+
+
 @pytest.mark.parametrize("name", _SAMPLES)
 def test_the_bytes_of_the_layout_are_those_that_the_spec_says(name: str) -> None:
     for n, k in ((200, 512), (64, 1024)):

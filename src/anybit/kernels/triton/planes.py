@@ -18,6 +18,7 @@ from torch import Tensor
 
 from anybit.kernels.catalogue import Stored
 from anybit.kernels.linear.tiled_torch import Tiled, as_bits
+from anybit.kernels.linear.triton_planes import expands_exactly
 from anybit.kernels.request import Kernels, Regime
 from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Launch, Piece, Zeros, launch, remember
@@ -424,9 +425,29 @@ _EXACT_RANGE: Final = {
 
 
 def is_expandable(packed: Packed, dtype: torch.dtype) -> bool:
-    """True unless powers of two reach beyond the 16-bit dtype, which headers cannot show and a folded scale avoids."""
+    """True unless weights reach beyond the 16-bit dtype, which headers cannot show and a folded scale avoids."""
+    if dtype == torch.float16 and not expands_exactly(packed.scheme, "float16"):
+        return _fits_half(packed)
     level = packed.scheme.scales[0] if packed.scheme.scales else None
     if level is None or level.format != "e8m0" or packed.form.scaling != "group":
         return True
     low, high = _EXACT_RANGE.get((dtype, packed.scheme.element), (-110, 110))
     return low <= packed.lowest and packed.highest <= high
+
+
+# the largest weight of a row as float16: the least one whose row loses no more than by a rounding, the largest number
+_HALF_RANGE: Final = (2.0**-12, 65504.0)
+_CHUNK: Final = 1 << 22  # weights looked at together
+
+
+def _fits_half(packed: Packed) -> bool:
+    """True if every row, rounded to float16, is what a rounding leaves of it: no infinity, nothing lost below 2^-24."""
+    n, k = packed.shape
+    least, most = _HALF_RANGE
+    step = max(1, _CHUNK // max(k, 1))
+    for start in range(0, n, step):
+        index = torch.arange(start, min(start + step, n), device=packed.tensors["row"].device)
+        largest = unpacked(packed, index).abs().amax(-1)
+        if bool((((largest != 0) & (largest < least)) | ~(largest <= most)).any()):
+            return False
+    return True
