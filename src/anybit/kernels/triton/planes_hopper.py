@@ -379,5 +379,8 @@ def many_kernel(
                     acc += part * s[:, None]
             else:
                 acc = warpgroup_mma_wait(0 if f % FS == FS - 1 else FLIGHT, deps=[run])
+    # zeros for steps that do not come may still be under way to memory that the result passes through
+    async_copy.wait_group(0)
+    _barrier()
     _finish(acc, row_ptr, token_ptr, bias_ptr, o_ptr, part_ptr, count_ptr, mult, tile, pm, pn, M, N, BM, BN, MMA, SPLIT,
             TOKENS, BIAS, WARPS)
