@@ -557,6 +557,17 @@ def test_a_pinned_row_does_not_depend_on_its_batch() -> None:
 
 
 @on_gpu
+@pytest.mark.parametrize("power", [20, -30])
+def test_float16_rows_meet_weights_beyond_the_range_of_float16(power: int) -> None:
+    weight = weight_on_gpu(GPU_SCHEMES["int4 g128"], 200, 512)
+    weight = replace(weight, scales=(weight.scales[0] * 2.0**power,))
+    x = (torch.randn(130, 512, device="cuda") * 2.0**-10).half()
+    x[3] = 0.0  # times infinity would be NaN
+    y = prepared(weight, torch.float16).linear(x, "prefill", None, torch.float32)
+    demand_close(y, x, weight, None, 0.0, f"scales of 2^{power}")
+
+
+@on_gpu
 @pytest.mark.parametrize("m", [1, 300])
 def test_products_are_captured_by_a_graph(m: int) -> None:
     weight = weight_on_gpu(GPU_SCHEMES["int4 g128"], 256, 4096)
