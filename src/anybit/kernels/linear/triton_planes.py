@@ -281,7 +281,7 @@ def _product_case(
     form = form_of(scheme, k)
     config = planes_launch.configure(form, n, k, tokens, arch)
     is_half = dtype == "float16"
-    waits = name in _QUANTIZED and planes_launch.overlaps(tokens, n, k, arch)
+    waits = planes_launch.waits(form, tokens, arch, is_quantized=name in _QUANTIZED)
     fixed: dict[str, Any] = planes_launch.constants(form) | {
         "R": form.run, "TERMS": planes_launch.terms_of(form, is_half=is_half), "BM": config.tokens, "BN": config.rows,
         "SPLIT": config.split > 1, "TOKENS": name in _QUANTIZED, "BIAS": True,

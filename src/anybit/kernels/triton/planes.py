@@ -29,9 +29,9 @@ from anybit.kernels.triton.planes_launch import (
     constants,
     expansion,
     half_factor,
-    overlaps,
     scratch_rows,
     terms_of,
+    waits,
 )
 from anybit.kernels.triton.planes_prepare import Packed, pack, unpacked
 from anybit.kernels.triton.recipes import can_fake_quantize
@@ -226,10 +226,9 @@ class StoredPlanes(Launched):
 
     def _direct(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Call:
         """The launches of one product, with its quantizer."""
-        (tokens, columns), (rows, _) = x.shape, self.shape
         if self._quantizer is None:
             return self._launched(x, None, bias, out_dtype)
-        plan = self._quantizer.plan(x, leads=overlaps(tokens, rows, columns, arch_of(x.device)))
+        plan = self._quantizer.plan(x)
         factors = plan.pieces.get("scale", plan.pieces.get("outer"))
         return self._launched(x, factors, bias, out_dtype, plan)
 
@@ -247,8 +246,7 @@ class StoredPlanes(Launched):
         device, arch = x.device, arch_of(x.device)
         planned = _PINNED_TOKENS if self._is_pinned else tokens
         hopper = hopper_config(form, rows, columns, planned, arch)
-        # a part of a joined weight: those kernels take its pitch too, but no device has run them on one yet
-        if hopper is not None and self._pitch() == self._parts[8].shape[0]:
+        if hopper is not None:
             from anybit.kernels.triton.planes_hopper_run import hopper_call
 
             return hopper_call(hopper, form, rows, self._parts, self._pitch(), self._captured, x, factors, bias,
@@ -263,7 +261,7 @@ class StoredPlanes(Launched):
             parts = Piece(size, torch.float32)
             size += -(-config.split * tokens * rows * 4 // ALIGNED) * ALIGNED
         is_half = quantize is None and x.dtype == torch.float16
-        waits = quantize is not None and overlaps(tokens, rows, columns, arch)
+        is_waiting = waits(form, tokens, arch, is_quantized=factors is not None or quantize is not None)
         made = Launch(
             matmul_kernel,
             [x.dtype if quantize is None else quantize.pieces["codes"], *self._parts,
@@ -273,8 +271,8 @@ class StoredPlanes(Launched):
              pitch if self._parts[5].shape[0] > 1 else 0, half_factor(form, is_half=is_half)],
             {**constants(form), "R": form.run, "TERMS": terms_of(form, is_half=is_half), "BM": config.tokens,
              "BN": config.rows, "SPLIT": is_split, "TOKENS": factors is not None, "BIAS": bias is not None,
-             "EVEN": columns == padded, "ASM": config.assembly, "WAITS": waits},
-            device, num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if waits else {}),
+             "EVEN": columns == padded, "ASM": config.assembly, "WAITS": is_waiting},
+            device, num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if is_waiting else {}),
         )  # fmt: skip
         return Call((tokens, rows), out_dtype, device, tokens, size, quantize, made, (tiles, config.split))
 

@@ -263,7 +263,8 @@ def matmul_kernel(
     DECODE 0 integers, 1 small floats, 2 a table of float32; SCALING 0 row, 1 group, 2 fold, 3 decode;
     ADD 0 none, 1 float zero point, 2 minimum added, 3 subtracted; ROUND 0 none, 1 float16, 2 bfloat16;
     TOKENS: x's rows have float32 factors, which belong to the epilogue.
-    WAITS: launched while the kernel before it runs, which it waits for here (programmatic dependent launch).
+    WAITS: launched while the kernel before it runs, which it waits for here; the next one may be launched when its sums
+    are done (programmatic dependent launch).
     """
     if WAITS:
         tl.extra.cuda.gdc_wait()
@@ -375,6 +376,8 @@ def matmul_kernel(
                 acc += part * s[:, None]
         c_offsets += P
         x_ptrs += F * P
+    if WAITS:
+        tl.extra.cuda.gdc_launch_dependents()
     acc = (acc * mult) * tl.load(row_ptr + rn)[:, None]
     if TOKENS:
         acc = acc * tl.load(token_ptr + rm, mask=rm < M, other=0.0)[None, :]
