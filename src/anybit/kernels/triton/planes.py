@@ -50,7 +50,7 @@ PARTS: Final = ("plane_0", "plane_1", "plane_2", "scale", "scale_super", "zeros"
 _ACTIVATION: Final = "activation_"  # of the names of static activation tensors
 _NO_TENSORS: Final[Mapping[str, Tensor]] = MappingProxyType({})
 # torch's product takes up to six times as long (H200) where the rows that it writes are no multiples of 16 bytes
-_ALIGNED_OUTPUTS: Final = 8
+_ALIGNED_OUTPUTS: Final = 8  # numbers of 16 bits
 _PINNED_TOKENS: Final = 16  # the configuration of every M where a row's result must not depend on M
 _PINNED_CALL: Final = 256  # tokens of one launch there: each has parts of split-K
 # pieces of 8 significant bits that hold 24, 11 and 8 of them
@@ -370,7 +370,7 @@ def _product_into(
 ) -> None:
     """out [M, n] = alpha x W^T (times factors of rows) + bias, with float32 sums and one rounding."""
     with _full_sums():
-        if out.dtype != x.dtype or factors is not None or (bias is not None and bias.dtype != x.dtype):
+        if out.dtype != x.dtype or factors is not None or (bias is not None and not _may_add(bias, x)):
             wide = torch.mm(x, weight.T, out_dtype=torch.float32)
             _finish(wide, factors, bias, out, alpha)
         elif bias is not None:
@@ -379,6 +379,12 @@ def _product_into(
             torch.mm(x, weight.T, out=out)
         else:
             torch.addmm(out, x, weight.T, beta=0, alpha=alpha, out=out)
+
+
+def _may_add(bias: Tensor, x: Tensor) -> bool:
+    """True where the library may add the bias: it adds parts of the sums in 16 bits too where rows are not aligned."""
+    is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) % _ALIGNED_OUTPUTS == 0 and x.shape[1] % _ALIGNED_OUTPUTS == 0
+    return bias.dtype == x.dtype and is_aligned
 
 
 @contextmanager
