@@ -568,6 +568,15 @@ def test_float16_rows_meet_weights_beyond_the_range_of_float16(power: int) -> No
 
 
 @on_gpu
+@pytest.mark.parametrize("m", [66, 200, 300])
+def test_a_bias_costs_no_rounding_where_rows_are_not_aligned(m: int) -> None:
+    weight = weight_on_gpu(GPU_SCHEMES["nvfp4"], 176, 2960)
+    wide = torch.randn(m, 2963, device="cuda", dtype=torch.bfloat16)
+    x, bias = wide[:, 1:2961], torch.randn(176, device="cuda", dtype=torch.bfloat16)
+    demand_close(prepared(weight).linear(x, "prefill", bias, torch.bfloat16), x, weight, bias, 0.0, f"M = {m}")
+
+
+@on_gpu
 @pytest.mark.parametrize("m", [1, 300])
 def test_products_are_captured_by_a_graph(m: int) -> None:
     weight = weight_on_gpu(GPU_SCHEMES["int4 g128"], 256, 4096)
