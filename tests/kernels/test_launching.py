@@ -450,3 +450,15 @@ def test_a_compiled_layer_is_one_graph(name: str) -> None:
         assert torch.equal(compiled(x), layer(x * 2) + 1)
         assert layer(x[:0]).shape == (0, 256)
         assert regime_of(3) == "decode"
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_compiler_may_record_a_layer_into_graphs_of_its_own(name: str) -> None:
+    layer = layer_of(name, 256, 8192)
+    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    with torch.inference_mode():
+        for _ in range(4):  # warmed up, recorded, replayed twice
+            x = torch.randn(3, 8192, device="cuda", dtype=torch.bfloat16)
+            assert torch.equal(compiled(x).clone(), layer(x))

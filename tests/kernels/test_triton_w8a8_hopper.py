@@ -86,6 +86,14 @@ def test_every_kind_of_tile_that_is_chosen_has_something_to_compile() -> None:
                             config.share > 0, config.waits) in kinds, (n, k, m)
 
 
+def test_many_rows_wait_for_their_quantization_in_small_products_only() -> None:
+    for _, product in CASES:
+        waiting = {(n, m): config.waits for n in (4096, 28672) for m in (33, 64, 65, 512, 513)
+                   if (config := configure_hopper(n, 4096, m, product, given(product))) is not None}
+        assert waiting == {(n, m): m <= (512 if n == 4096 else 64) for n, m in waiting}
+        assert len(waiting) == 10
+
+
 def test_it_is_compiled_for_hopper_only() -> None:
     assert {case.arch for arch in ARCHS for case in hopper_cases(arch)} == {"sm_90"}
 

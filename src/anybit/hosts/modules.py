@@ -390,12 +390,22 @@ def _(index: Tensor, key: int, columns: int, dtype: torch.dtype) -> Tensor:
     return index.new_empty((*index.shape, columns), dtype=dtype)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return _PRODUCTS[ctx.key].product.input_gradient(grad), None, None
+@torch.library.custom_op("anybit::input_gradient", mutates_args=())
+def _input_gradient(grad: Tensor, key: int, in_features: int) -> Tensor:
+    return _PRODUCTS[key].product.input_gradient(grad)
+
+
+@_input_gradient.register_fake
+def _(grad: Tensor, key: int, in_features: int) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # traced with fake tensors: the weight is real
+    return torch.ops.anybit.input_gradient(grad, ctx.key, ctx.in_features), None, None
 
 
 def _remember(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
-    ctx.key = inputs[1]
+    ctx.key, ctx.in_features = inputs[1], inputs[0].shape[-1]
 
 
 _product.register_autograd(_backward, setup_context=_remember)

@@ -15,6 +15,7 @@ from typing import Any, Final
 from anybit.kernels.compiling import CompileCase
 from anybit.kernels.linear.triton_endings import finish_cases
 from anybit.kernels.linear.triton_experts import experts_case
+from anybit.kernels.linear.triton_gemm16_hopper import gemm16_cases
 from anybit.kernels.linear.triton_hopper import hopper_case, roles_cases
 from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.kernels.triton import planes_form, planes_launch
@@ -343,7 +344,7 @@ def fused_cases(arch: str) -> list[CompileCase]:
 
 
 def expand_cases(arch: str) -> list[CompileCase]:
-    """Decoding to memory."""
+    """Decoding to memory, and the product after it."""
     if not _claims(arch):
         return []
     cases = []
@@ -358,7 +359,7 @@ def expand_cases(arch: str) -> list[CompileCase]:
             "triton-expand", "anybit.kernels.triton.planes_kernels:expand_kernel", arch, f"{name} bfloat16", types,
             fixed, divisible=("start", "rows", "NP", "K", "KP", "z_stride"), num_stages=1,
         ))  # fmt: skip
-    return [*cases, *finish_cases("triton-expand", arch)]
+    return [*cases, *finish_cases("triton-expand", arch), *gemm16_cases("triton-expand", arch)]
 
 
 _IMPLEMENTATION: Final = "anybit.kernels.triton.planes:TritonPlanes"

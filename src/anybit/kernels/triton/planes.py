@@ -18,7 +18,9 @@ from torch import Tensor
 
 from anybit.kernels.catalogue import Stored
 from anybit.kernels.linear.tiled_torch import Tiled, as_bits
+from anybit.kernels.linear.triton_planes import expands_exactly
 from anybit.kernels.request import Kernels, Regime
+from anybit.kernels.triton import gemm16_hopper
 from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Launch, Piece, Zeros, launch, remember
 from anybit.kernels.triton.opaque import Launched, Run
@@ -49,7 +51,7 @@ PARTS: Final = ("plane_0", "plane_1", "plane_2", "scale", "scale_super", "zeros"
 _ACTIVATION: Final = "activation_"  # of the names of static activation tensors
 _NO_TENSORS: Final[Mapping[str, Tensor]] = MappingProxyType({})
 # torch's product takes up to six times as long (H200) where the rows that it writes are no multiples of 16 bytes
-_ALIGNED_OUTPUTS: Final = 8
+_ALIGNED_OUTPUTS: Final = 8  # numbers of 16 bits
 _PINNED_TOKENS: Final = 16  # the configuration of every M where a row's result must not depend on M
 _PINNED_CALL: Final = 256  # tokens of one launch there: each has parts of split-K
 # pieces of 8 significant bits that hold 24, 11 and 8 of them
@@ -368,8 +370,12 @@ def _product_into(
     out: Tensor, x: Tensor, weight: Tensor, factors: Tensor | None, bias: Tensor | None, alpha: float
 ) -> None:
     """out [M, n] = alpha x W^T (times factors of rows) + bias, with float32 sums and one rounding."""
+    is_plain = out.dtype == x.dtype and factors is None and (bias is None or _may_add(bias, x))
+    if not is_plain and gemm16_hopper.takes(x, weight, out):
+        gemm16_hopper.product_into(out, x, weight, factors, bias, alpha)
+        return
     with _full_sums():
-        if out.dtype != x.dtype or factors is not None or (bias is not None and bias.dtype != x.dtype):
+        if not is_plain:
             wide = torch.mm(x, weight.T, out_dtype=torch.float32)
             _finish(wide, factors, bias, out, alpha)
         elif bias is not None:
@@ -378,6 +384,12 @@ def _product_into(
             torch.mm(x, weight.T, out=out)
         else:
             torch.addmm(out, x, weight.T, beta=0, alpha=alpha, out=out)
+
+
+def _may_add(bias: Tensor, x: Tensor) -> bool:
+    """True where the library may add the bias: it adds parts of the sums in 16 bits too where rows are not aligned."""
+    is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) % _ALIGNED_OUTPUTS == 0 and x.shape[1] % _ALIGNED_OUTPUTS == 0
+    return bias.dtype == x.dtype and is_aligned
 
 
 @contextmanager
@@ -422,9 +434,29 @@ _EXACT_RANGE: Final = {
 
 
 def is_expandable(packed: Packed, dtype: torch.dtype) -> bool:
-    """True unless powers of two reach beyond the 16-bit dtype, which headers cannot show and a folded scale avoids."""
+    """True unless weights reach beyond the 16-bit dtype, which headers cannot show and a folded scale avoids."""
+    if dtype == torch.float16 and not expands_exactly(packed.scheme, "float16"):
+        return _fits_half(packed)
     level = packed.scheme.scales[0] if packed.scheme.scales else None
     if level is None or level.format != "e8m0" or packed.form.scaling != "group":
         return True
     low, high = _EXACT_RANGE.get((dtype, packed.scheme.element), (-110, 110))
     return low <= packed.lowest and packed.highest <= high
+
+
+# the largest weight of a row as float16: the least one whose row loses no more than by a rounding, the largest number
+_HALF_RANGE: Final = (2.0**-12, 65504.0)
+_CHUNK: Final = 1 << 22  # weights looked at together
+
+
+def _fits_half(packed: Packed) -> bool:
+    """True if every row, rounded to float16, is what a rounding leaves of it: no infinity, nothing lost below 2^-24."""
+    n, k = packed.shape
+    least, most = _HALF_RANGE
+    step = max(1, _CHUNK // max(k, 1))
+    for start in range(0, n, step):
+        index = torch.arange(start, min(start + step, n), device=packed.tensors["row"].device)
+        largest = unpacked(packed, index).abs().amax(-1)
+        if bool((((largest != 0) & (largest < least)) | ~(largest <= most)).any()):
+            return False
+    return True
