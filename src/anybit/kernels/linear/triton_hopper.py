@@ -57,7 +57,7 @@ def roles_cases(case: CompileCase, form: Form) -> Iterator[CompileCase]:
                 label=f"Gluon, {case.label}, {config.tokens} x {config.rows}{parts}", types=_types(case, form, config),
                 constants=roles_constants(form, config, has_factors=case.constants["TOKENS"],
                                           has_bias=case.constants["BIAS"]),
-                divisible=(*case.divisible, "pitch"), options={"launch_pdl": True} if config.waits else {},
+                divisible=(*case.divisible, "pitch"), options={},
                 expects=("wgmma",), spills=_SPILLS,
             )  # fmt: skip
 

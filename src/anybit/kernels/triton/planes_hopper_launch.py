@@ -1,7 +1,6 @@
 """How 4 bit products are launched on sm_90, torch-free: which forms the kernels in Gluon take, tiles, constants.
 
-Up to 32 tokens (16 for large matrices) `planes_hopper`, beyond them `planes_hopper_roles`, whose tiles are in
-`planes_hopper_roles_launch`.
+Up to 32 tokens `planes_hopper`, beyond them `planes_hopper_roles`, whose tiles are in `planes_hopper_roles_launch`.
 
 Where they take a product on sm_90, `planes_launch.configure` is not asked. Measured on an H200 for 4096 x 6144,
 14336 x 4096, 4096 x 28672, 8192 x 57344 and, to see what holds beyond, 5120 x 13824, 4096 x 1024, 2048 x 8192.
@@ -16,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 from anybit.kernels.triton.planes_form import ROWS, Form
-from anybit.kernels.triton.planes_hopper_roles_launch import RolesConfig, has_few_tokens, roles_planned
+from anybit.kernels.triton.planes_hopper_roles_launch import RolesConfig, roles_planned
 from anybit.kernels.triton.planes_launch import constants
 
 __all__ = ["HopperConfig", "hopper_config", "hopper_constants", "hopper_seconds", "planned", "shared_bytes", "takes"]
@@ -26,7 +25,6 @@ _MULTIPROCESSORS: Final = 132
 _FIRST, _LAST = (3, 5), (3, 9)  # versions of Triton whose Gluon the kernels are written for
 _SPECIALIZES: Final = (3, 6)  # the first in which warps are given different work as `planes_hopper_roles` does
 _AT_ONCE: Final = 256  # inputs that the kernels take at once
-_LARGE: Final = 48_000_000  # weights from which on programs of a whole multiprocessor are faster for 17 tokens
 _ALIGNED: Final = 16  # what K and the stride of x are multiples of, so that x is copied 16 bytes at a time
 
 
@@ -82,9 +80,7 @@ def planned(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig | 
     if columns % _ALIGNED or not takes(form):
         return None
     rows = -(-rows // ROWS) * ROWS
-    if tokens > 32 or (tokens > 16 and rows * columns >= _LARGE and has_few_tokens(form)):
-        return roles_planned(form, rows, columns, tokens)[1]
-    return _few(form, rows, columns, tokens)
+    return _few(form, rows, columns, tokens) if tokens <= 32 else roles_planned(form, rows, columns, tokens)[1]
 
 
 def shared_bytes(form: Form, config: HopperConfig) -> int:

@@ -3,10 +3,10 @@
 
 One warp copies x and one copies words, scales and zero points into shared memory, by tensor memory access and as many
 stages ahead as fit. Two or four teams of four warps decode and multiply, each the next inputs while those before them
-multiply. Teams have their own rows of a tile of W, or (TURNS) take its steps of 256 inputs in turn, and then one adds
-the sums of all. They wait for each other nowhere else, so that the matrix unit works for one while another adds sums of
-groups or stores results. Work is divided by whole tiles, or (STREAM) by equal shares of all steps of all tiles. Stored
-layout and arithmetic are those of `planes_hopper`; one program fills a multiprocessor.
+multiply. Each has its own rows of a tile of W and all of its tokens. They wait for each other nowhere, so that the
+matrix unit works for one while another adds sums of groups or stores results. Work is divided by whole tiles, or
+(STREAM) by equal shares of all steps of 256 inputs of all tiles. Stored layout and arithmetic are those of
+`planes_hopper`; one program fills a multiprocessor.
 """
 
 from __future__ import annotations
@@ -21,26 +21,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from anybit.kernels.triton.planes_hopper import _barrier
 from anybit.kernels.triton.planes_hopper_roles_decode import LACKS_BF16, LACKS_FP16, folded, operands
 from anybit.kernels.triton.w8a8_hopper_jit import add_scaled, load_tile, step_at, steps_of
 
 
 @gluon.jit
-def _after(place, phase, PLACES: gl.constexpr, STEP: gl.constexpr):
-    """The place of a ring STEP further on, and its phase."""
-    wraps = (place >= PLACES - STEP).to(gl.int32)
-    return place + STEP - wraps * PLACES, phase ^ wraps
+def _after(place, phase, PLACES: gl.constexpr):
+    """The next place of a ring, and its phase."""
+    wraps = (place >= PLACES - 1).to(gl.int32)
+    return place + 1 - wraps * PLACES, phase ^ wraps
 
 
 @gluon.jit
 def _copy_x(x, x_tiles, ready, free, M, NP, blocks, SHARE, BM: gl.constexpr, BN: gl.constexpr, XW: gl.constexpr,
-            X_RING: gl.constexpr, STREAM: gl.constexpr, WAITS: gl.constexpr):
+            X_RING: gl.constexpr, STREAM: gl.constexpr):
     """The warp that copies x; what lies beyond it becomes zeros."""
     STAGES: gl.constexpr = 256 // XW  # of a step
     BOXES: gl.constexpr = XW // 64
-    if WAITS:
-        tl.extra.cuda.gdc_wait()
     tiles_m = gl.cdiv(M, BM)
     steps = steps_of(tiles_m * gl.cdiv(NP, BN), blocks, SHARE, STREAM)
     place = 0
@@ -57,7 +54,7 @@ def _copy_x(x, x_tiles, ready, free, M, NP, blocks, SHARE, BM: gl.constexpr, BN:
                 for r in gl.static_range(BOXES):
                     load_tile(x, [first, block * 256 + q * XW + r * 64], ready.index(stage),
                               x_tiles.index(stage * BOXES + r))
-            place, phase = _after(place, phase, X_RING, 1)
+            place, phase = _after(place, phase, X_RING)
             i += 1
 
 
@@ -90,9 +87,8 @@ def _copy_w(
                     load_tile(s, [k // G * pitch + first], ready.index(stage), s_tiles.index(stage * SCALES + j))
                 if ZEROS:
                     group = k // G if G > 0 else 0
-                    load_tile(z, [group * z_stride + first], ready.index(stage),
-                              z_tiles.index(stage * SCALES + j).slice(0, BN))
-            stage, phase = _after(stage, phase, STAGES, 1)
+                    load_tile(z, [group * z_stride + first], ready.index(stage), z_tiles.index(stage * SCALES + j))
+            stage, phase = _after(stage, phase, STAGES)
             i += 1
 
 
@@ -115,40 +111,33 @@ def _store(acc, o_ptr, bias_ptr, pm, first, M, N, BM: gl.constexpr, ROWS: gl.con
 def _multiply(
     TEAM: gl.constexpr, given, M, N, NP, blocks, mult, SHARE,
     P: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, SKIND: gl.constexpr, ZERO: gl.constexpr,
-    ZEROS: gl.constexpr, SCALES: gl.constexpr, U: gl.constexpr, TEAMS: gl.constexpr, TURNS: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, XW: gl.constexpr, X_RING: gl.constexpr, W_STAGES: gl.constexpr,
-    FLIGHT: gl.constexpr, SUMS: gl.constexpr, STREAM: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr,
-    WAITS: gl.constexpr,
+    ZEROS: gl.constexpr, SCALES: gl.constexpr, U: gl.constexpr, TEAMS: gl.constexpr, BM: gl.constexpr,
+    BN: gl.constexpr, XW: gl.constexpr, X_RING: gl.constexpr, W_STAGES: gl.constexpr, FLIGHT: gl.constexpr,
+    SUMS: gl.constexpr, STREAM: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
-    """A team's work: its rows of the tiles of W, all their tokens, and of the steps every TURNS-th."""
-    (x_tiles, w_tiles, s_tiles, z_tiles, sums, x_ready, x_free, w_ready, w_free, full, empty, row_ptr, token_ptr,
-     bias_ptr, o_ptr, part_ptr, count_ptr) = given
+    """A team's work: its rows of the tiles of W, all their tokens."""
+    (x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr, bias_ptr, o_ptr,
+     part_ptr, count_ptr) = given
     D: gl.constexpr = x_tiles.dtype
     FOLD: gl.constexpr = SCALING == 2
-    ABREAST: gl.constexpr = TEAMS // TURNS  # teams of other rows
-    TURN: gl.constexpr = TEAM // ABREAST
-    ROWS: gl.constexpr = BN // ABREAST
-    FIRST: gl.constexpr = TEAM % ABREAST * ROWS
+    ROWS: gl.constexpr = BN // TEAMS
+    FIRST: gl.constexpr = TEAM * ROWS
     UNITS: gl.constexpr = 256 // U
     X_STAGES: gl.constexpr = 256 // XW  # of a step
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     OF_W: gl.constexpr = gl.SliceLayout(1, MMA)
     OF_X: gl.constexpr = gl.SliceLayout(0, MMA)
-    if WAITS:
-        tl.extra.cuda.gdc_wait()
     tiles_m = gl.cdiv(M, BM)
     steps = steps_of(tiles_m * gl.cdiv(NP, BN), blocks, SHARE, STREAM)
-    stage = gl.minimum(TURN, steps - 1)  # of the team's next step; where there is none, of any step
-    x_place = stage
+    mbarrier.wait(w_ready.index(0), 0)
+    words = w_tiles.index(0).slice(FIRST, ROWS).slice(0, P, dim=1).load(DOT)
+    s0, s1, s2, s3 = folded(s_tiles, 0, FIRST, SCALES, FOLD, ROWS, DOT)
+    a, rest = operands(words, s0, s1, s2, s3, z_tiles, 0, FIRST, 0, U, P, R, FOLD, SKIND, ZERO, ZEROS, ROWS, DOT, D)
+    x_place = 0
     x_phase = 0
+    stage = 0
     w_phase = 0
-    sums_phase = 0
-    mbarrier.wait(w_ready.index(stage), 0)
-    words = w_tiles.index(stage).slice(FIRST, ROWS).slice(0, P, dim=1).load(DOT)
-    s0, s1, s2, s3 = folded(s_tiles, stage, FIRST, SCALES, FOLD, ROWS, DOT)
-    a, rest = operands(words, s0, s1, s2, s3, z_tiles, stage * SCALES, FIRST, 0, U, P, R, FOLD, SKIND, ZERO, ZEROS,
-                        ROWS, DOT, D)
     i = 0
     while i < steps:
         tile, start = step_at(i, blocks, SHARE, STREAM)
@@ -159,10 +148,10 @@ def _multiply(
         part = acc
         other = acc
         scale = gl.zeros([ROWS], gl.float32, OF_W)
-        for step in range(i + (TURN - i % TURNS + TURNS) % TURNS, i + count, TURNS):
-            # the team's step after this one; behind the last one the last again
-            is_last = step >= steps - TURNS
-            after, after_phase = _after(stage, w_phase, W_STAGES, TURNS)
+        for _ in range(count):
+            # the step after this one; behind the last one the last again
+            is_last = i == steps - 1
+            after, after_phase = _after(stage, w_phase, W_STAGES)
             after = gl.where(is_last, stage, after)
             after_phase = gl.where(is_last, w_phase, after_phase)
             first = x_place * X_STAGES
@@ -212,91 +201,69 @@ def _multiply(
             mbarrier.arrive(x_free.index(first + X_STAGES - 1), count=1)
             mbarrier.arrive(w_free.index(stage), count=1)
             stage, w_phase = after, after_phase
-            x_place, x_phase = _after(x_place, x_phase, X_RING, TURNS)
-        i += count
+            x_place, x_phase = _after(x_place, x_phase, X_RING)
+            i += 1
 
-        if WAITS and TEAM == 0 and i == steps:
-            tl.extra.cuda.gdc_launch_dependents()
-        if TURNS > 1:  # the team of the first turn adds the sums of the others, in order
-            for turn in gl.static_range(1, TURNS):
-                place = (turn - 1) * ABREAST + TEAM % ABREAST
-                if turn == TURN:
-                    mbarrier.wait(empty.index(place), sums_phase ^ 1)
-                    sums.index(place).store(acc)
-                    _barrier()
-                    mbarrier.arrive(full.index(place), count=1)
-                elif TURN == 0:
-                    mbarrier.wait(full.index(place), sums_phase)
-                    acc += sums.index(place).load(MMA)
-                    _barrier()
-                    mbarrier.arrive(empty.index(place), count=1)
-            sums_phase ^= 1
-
-        if TURN == 0:
-            rm = gl.arange(0, BM, OF_X)
-            rn = gl.arange(0, ROWS, OF_W)
-            first = pn * BN + FIRST
-            LACKS: gl.constexpr = 1.0 if FOLD else LACKS_BF16 if gl.bfloat16 == D else LACKS_FP16
-            acc = (acc * (mult * LACKS)) * gl.load(row_ptr + first + rn, mask=first + rn < NP, other=0.0)[:, None]
-            if TOKENS:
-                acc = acc * gl.load(token_ptr + pm * BM + rm, mask=pm * BM + rm < M, other=0.0)[None, :]
-            is_done = True
-            if STREAM:
-                is_done = count == blocks
-                if count < blocks:  # sums of a part of K, in an order of their own: only the same team reads them again
-                    inside = rn[:, None] * BM + rm[None, :]
-                    own = part_ptr + FIRST * BM
-                    # a program has two parts at most: of its first tile, and of its last one
-                    slot = 2 * gl.program_id(0) + (i > count).to(gl.int32)
-                    gl.store(own + slot.to(gl.int64) * (BN * BM) + inside, acc, cache_modifier=".cg")
-                    tl.debug_barrier()
-                    earliest = tile * blocks // SHARE
-                    latest = (tile * blocks + blocks - 1) // SHARE
-                    counter = count_ptr + tile * ABREAST + TEAM
-                    is_done = gl.atomic_add(counter, 1, sem="acq_rel") == latest - earliest
-                    if is_done:
-                        gl.store(counter, 0)  # ready for the next call
-                        acc = gl.zeros([ROWS, BM], gl.float32, MMA)
-                        # in order, whichever came last: the same bits; two are on the way where registers hold them
-                        AT_ONCE: gl.constexpr = 2 if BM * ROWS <= 64 * 128 and TEAMS == 2 else 1
-                        for program in range(earliest, latest + 1, AT_ONCE):
-                            slot = 2 * program + (program * SHARE < tile * blocks).to(gl.int32)
-                            one = gl.load(own + slot.to(gl.int64) * (BN * BM) + inside, cache_modifier=".cg")
-                            if AT_ONCE == 2:
-                                two = gl.load(own + (2 * program + 2).to(gl.int64) * (BN * BM) + inside,
-                                              mask=program < latest, other=0.0, cache_modifier=".cg")
-                                acc = acc + one
-                                acc = acc + two
-                            else:
-                                acc = acc + one
-            if is_done:
-                _store(acc, o_ptr, bias_ptr, pm, first, M, N, BM, ROWS, MMA, BIAS)
+        rm = gl.arange(0, BM, OF_X)
+        rn = gl.arange(0, ROWS, OF_W)
+        first = pn * BN + FIRST
+        LACKS: gl.constexpr = 1.0 if FOLD else LACKS_BF16 if gl.bfloat16 == D else LACKS_FP16
+        acc = (acc * (mult * LACKS)) * gl.load(row_ptr + first + rn, mask=first + rn < NP, other=0.0)[:, None]
+        if TOKENS:
+            acc = acc * gl.load(token_ptr + pm * BM + rm, mask=pm * BM + rm < M, other=0.0)[None, :]
+        is_done = True
+        if STREAM:
+            is_done = count == blocks
+            if count < blocks:  # sums of a part of K, in an order of their own: only the same team reads them again
+                inside = rn[:, None] * BM + rm[None, :]
+                own = part_ptr + FIRST * BM
+                # a program has two parts at most: of its first tile, and of its last one
+                slot = 2 * gl.program_id(0) + (i > count).to(gl.int32)
+                gl.store(own + slot.to(gl.int64) * (BN * BM) + inside, acc, cache_modifier=".cg")
+                tl.debug_barrier()
+                earliest = tile * blocks // SHARE
+                latest = (tile * blocks + blocks - 1) // SHARE
+                counter = count_ptr + tile * TEAMS + TEAM
+                is_done = gl.atomic_add(counter, 1, sem="acq_rel") == latest - earliest
+                if is_done:
+                    gl.store(counter, 0)  # ready for the next call
+                    acc = gl.zeros([ROWS, BM], gl.float32, MMA)
+                    # in order, whichever came last: the same bits; two are on the way where registers hold them
+                    AT_ONCE: gl.constexpr = 2 if BM * ROWS <= 64 * 128 and TEAMS == 2 else 1
+                    for program in range(earliest, latest + 1, AT_ONCE):
+                        slot = 2 * program + (program * SHARE < tile * blocks).to(gl.int32)
+                        one = gl.load(own + slot.to(gl.int64) * (BN * BM) + inside, cache_modifier=".cg")
+                        if AT_ONCE == 2:
+                            two = gl.load(own + (2 * program + 2).to(gl.int64) * (BN * BM) + inside,
+                                          mask=program < latest, other=0.0, cache_modifier=".cg")
+                            acc = acc + one
+                            acc = acc + two
+                        else:
+                            acc = acc + one
+        if is_done:
+            _store(acc, o_ptr, bias_ptr, pm, first, M, N, BM, ROWS, MMA, BIAS)
 
 
 @gluon.jit(do_not_specialize=["M", "SHARE", "blocks"])
 def roles_kernel(
     x, w, s, z, row_ptr, token_ptr, bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, pitch, blocks, z_stride, mult,
     SHARE, P: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, SKIND: gl.constexpr,
-    ZERO: gl.constexpr, ZEROS: gl.constexpr, U: gl.constexpr, TEAMS: gl.constexpr, TURNS: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, XW: gl.constexpr, X_RING: gl.constexpr, W_STAGES: gl.constexpr,
-    FLIGHT: gl.constexpr, SUMS: gl.constexpr,
-    STREAM: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr, WAITS: gl.constexpr,
+    ZERO: gl.constexpr, ZEROS: gl.constexpr, U: gl.constexpr, TEAMS: gl.constexpr, BM: gl.constexpr,
+    BN: gl.constexpr, XW: gl.constexpr, X_RING: gl.constexpr, W_STAGES: gl.constexpr, FLIGHT: gl.constexpr,
+    SUMS: gl.constexpr, STREAM: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
     """o [M, N] = x [M, K] W^T in tiles of BN rows by BM tokens.
 
     x, w, s, z  tensor descriptors: [M, K], words [NP, KP / 8], scales and zero points of groups, in a row
     part_ptr    sums of parts of K, of two tiles a program at most: [2 * programs, BN, BM]; count_ptr counts those of
-                each tile and each team of other rows
+                each tile and team
     pitch       how far apart values of neighbouring groups lie
     SHARE       with STREAM the steps of 256 inputs that a program multiplies
     U           inputs that are multiplied at once: 64, or as many as a group has
     XW, X_RING  inputs of x that arrive at once, and times 256 inputs of x in shared memory
-    W_STAGES    times 256 inputs of W in shared memory; like X_RING a multiple of TURNS, so that a place is always read
-                by the same teams: whoever missed one phase of its barrier would take that for the next one
+    W_STAGES    times 256 inputs of W in shared memory
     FLIGHT      products that may run while an operand is decoded beside the one that follows them: at most 1
     SUMS        sums of groups in turn: with 2 those of one are added while the next are made
-    WAITS       launched while the kernel before it ends, which is waited for once W's first words are on the way; and
-                the next one may be launched when the sums are done (programmatic dependent launch)
     """
     D: gl.constexpr = x.dtype
     SCALES: gl.constexpr = 0 if SCALING == 0 and not ZEROS else 64 // P if SCALING == 2 else 256 // (R * P)
@@ -308,52 +275,41 @@ def roles_kernel(
         s_tiles = gl.allocate_shared_memory(s.dtype, [W_STAGES * SCALES, BN], s.layout)
     z_tiles = w_tiles
     if ZEROS:
-        Z_ROWS: gl.constexpr = BN if BN > 128 else 128  # copies begin at multiples of 128 bytes
-        z_tiles = gl.allocate_shared_memory(gl.uint8, [W_STAGES * SCALES, Z_ROWS], z.layout)
+        z_tiles = gl.allocate_shared_memory(gl.uint8, [W_STAGES * SCALES, BN], z.layout)
     x_ready = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
     x_free = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
     w_ready = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
     w_free = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(X_STAGES):
         mbarrier.init(x_ready.index(stage), count=1)
-        mbarrier.init(x_free.index(stage), count=TEAMS // TURNS)
+        mbarrier.init(x_free.index(stage), count=TEAMS)
     for stage in gl.static_range(W_STAGES):
         mbarrier.init(w_ready.index(stage), count=1)
-        mbarrier.init(w_free.index(stage), count=TEAMS // TURNS)
-    LEFT: gl.constexpr = TEAMS - TEAMS // TURNS if TURNS > 1 else 1  # teams whose sums another adds
-    full = gl.allocate_shared_memory(gl.int64, [LEFT, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [LEFT, 1], mbarrier.MBarrierLayout())
-    sums = x_tiles
-    if TURNS > 1:
-        sums = gl.allocate_shared_memory(gl.float32, [LEFT, BN * TURNS // TEAMS, BM],
-                                         gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-        for team in gl.static_range(LEFT):
-            mbarrier.init(full.index(team), count=1)
-            mbarrier.init(empty.index(team), count=1)
+        mbarrier.init(w_free.index(stage), count=TEAMS)
     fence_async_shared()
-    given = (x_tiles, w_tiles, s_tiles, z_tiles, sums, x_ready, x_free, w_ready, w_free, full, empty, row_ptr,
-             token_ptr, bias_ptr, o_ptr, part_ptr, count_ptr)
+    given = (x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr, bias_ptr, o_ptr,
+             part_ptr, count_ptr)
     if TEAMS == 2:
         gl.warp_specialize([
             (_multiply, (0, given, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U, TEAMS,
-                         TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS, WAITS)),
+                         BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS)),
             (_multiply, (1, given, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U, TEAMS,
-                         TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS, WAITS)),
+                         BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS)),
             (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, blocks, z_stride, SHARE, P, G,
                        R, SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM)),
-            (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, blocks, SHARE, BM, BN, XW, X_RING, STREAM, WAITS)),
+            (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, blocks, SHARE, BM, BN, XW, X_RING, STREAM)),
         ], [4, 1, 1], [240, 24, 24])
     else:
         gl.warp_specialize([
             (_multiply, (0, given, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U, TEAMS,
-                         TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS, WAITS)),
+                         BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS)),
             (_multiply, (1, given, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U, TEAMS,
-                         TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS, WAITS)),
+                         BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS)),
             (_multiply, (2, given, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U, TEAMS,
-                         TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS, WAITS)),
+                         BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS)),
             (_multiply, (3, given, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U, TEAMS,
-                         TURNS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS, WAITS)),
+                         BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS)),
             (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, blocks, z_stride, SHARE, P, G,
                        R, SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM)),
-            (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, blocks, SHARE, BM, BN, XW, X_RING, STREAM, WAITS)),
+            (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, blocks, SHARE, BM, BN, XW, X_RING, STREAM)),
         ], [4, 4, 4, 1, 1], [112, 112, 112, 24, 24])  # fmt: skip

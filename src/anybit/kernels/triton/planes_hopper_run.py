@@ -116,7 +116,7 @@ def _by_roles(
     counters: Argument = row
     if config.share:
         sums, size = Piece(size, torch.float32), size + config.parts * 4
-        counters = Zeros(config.tiles(tokens, padded_rows) * config.teams // config.turns, captured)
+        counters = Zeros(config.tiles(tokens, padded_rows) * config.teams, captured)
     tile, layout = (config.tokens, X_COLUMNS), NVMMASharedLayout(*x_layout(config))
     given: Argument
     if quantize is None:
@@ -132,7 +132,7 @@ def _by_roles(
          counters, int, rows, padded_rows, pitch, config.blocks, pitch if zeros.shape[0] > 1 else 0,
          half_factor(form, is_half=quantize is None and x.dtype == torch.float16), config.share],
         roles_constants(form, config, has_factors=factors is not None, has_bias=bias is not None),
-        x.device, num_warps=4, **({"launch_pdl": True} if config.waits else {}),
+        x.device, num_warps=4,
     )  # fmt: skip
     apart = x.stride(0) if tokens > 1 else columns
     return AlignedCall((tokens, rows), out_dtype, x.device, tokens, size, quantize, made,
