@@ -9,6 +9,7 @@ layout holds: `kernels/triton/planes_form.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from anybit.kernels.compiling import CompileCase
@@ -19,6 +20,7 @@ from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.kernels.triton import planes_form, planes_launch
 from anybit.kernels.triton.planes_form import Form, form_of
 from anybit.kernels.triton.planes_hopper_launch import hopper_config
+from anybit.kernels.triton.planes_one_launch import ONE_ARCHS, one_constants, planned_one
 from anybit.kernels.triton.recipes import can_fake_quantize
 from anybit.platforms import Platform
 from anybit.platforms.archs import ARCHS
@@ -270,6 +272,22 @@ def _hopper_cases(kernel: str, arch: str, tokens: tuple[int, ...]) -> Iterator[C
                         yield case
 
 
+def _one_cases(kernel: str, arch: str) -> Iterator[CompileCase]:
+    """The product of one token in Gluon, of each sample that it takes."""
+    for name, scheme in _SAMPLES.items():
+        form = form_of(scheme, _SHAPE[1])
+        config = planned_one(form, *_SHAPE) if arch in ONE_ARCHS else None
+        for dtype in ("bfloat16", "float16") if name in _MAIN else ("bfloat16",):
+            if config is not None:
+                case = _product_case(kernel, arch, name, scheme, dtype, 1, _SHAPE)
+                constants = one_constants(form, config, _SHAPE[1], is_half=dtype == "float16",
+                                          has_factors=case.constants["TOKENS"], has_bias=True)
+                types = {n: t for n, t in case.types.items() if n not in ("M", "x_stride")}
+                yield replace(case, function="anybit.kernels.triton.planes_one:one_kernel", types=types,
+                              label=f"one token, {name} {dtype}", constants=constants, num_warps=config.warps,
+                              divisible=("N", "NP", "K", "KP"), num_stages=1, options={})
+
+
 def _tile_of(case: CompileCase) -> tuple[object, ...]:
     return case.constants["BM"], case.constants["BN"], case.constants["WAITS"], case.num_warps, case.num_stages
 
@@ -282,8 +300,8 @@ def _product_case(
     config = planes_launch.configure(form, n, k, tokens, arch)
     is_half = dtype == "float16"
     waits = name in _QUANTIZED and planes_launch.overlaps(tokens, n, k, arch)
-    fixed: dict[str, Any] = planes_launch.constants(form) | {
-        "R": form.run, "TERMS": planes_launch.terms_of(form, is_half=is_half), "BM": config.tokens, "BN": config.rows,
+    fixed: dict[str, Any] = planes_launch.product_constants(form, k, arch) | {
+        "TERMS": planes_launch.terms_of(form, is_half=is_half), "BM": config.tokens, "BN": config.rows,
         "SPLIT": config.split > 1, "TOKENS": name in _QUANTIZED, "BIAS": True,
         "EVEN": k == form.padded(k), "ASM": config.assembly,
         "WAITS": waits,
@@ -314,7 +332,8 @@ def matvec_cases(arch: str) -> list[CompileCase]:
     """Decode."""
     if not _claims(arch):
         return []
-    return [*_product_cases("triton-matvec", arch, (1,)), *_hopper_cases("triton-matvec", arch, (1,))]
+    return [*_product_cases("triton-matvec", arch, (1,)), *_hopper_cases("triton-matvec", arch, (1,)),
+            *_one_cases("triton-matvec", arch)]
 
 
 def fused_cases(arch: str) -> list[CompileCase]:
