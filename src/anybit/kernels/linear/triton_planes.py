@@ -20,7 +20,7 @@ from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.kernels.triton import planes_form, planes_launch
 from anybit.kernels.triton.planes_form import Form, form_of
 from anybit.kernels.triton.planes_hopper_launch import hopper_config
-from anybit.kernels.triton.planes_one_launch import ONE_ARCHS, one_constants, planned_one
+from anybit.kernels.triton.planes_one_launch import ONE_ARCHS, OneConfig, one_constants, planned_one
 from anybit.kernels.triton.recipes import can_fake_quantize
 from anybit.platforms import Platform
 from anybit.platforms.archs import ARCHS
@@ -35,6 +35,11 @@ _MEMORY_SHARE: Final[Mapping[str, float]] = {"fold": 0.65, "group": 0.7, "row": 
 _FINE_SHARE: Final = 0.5  # scales of groups of 16
 _MORE_TOKENS_SHARE: Final = 0.87  # of that beyond 8 tokens
 _TABLE_SHARE: Final = 0.3  # a look-up for each weight
+# where pairs are decoded in PTX: that share for each bit of a code, as many weights a second whatever their width
+# (H200, M = 1): codes in one plane; in several, or looked up; operands of several pieces
+_SHARE_OF_BIT: Final = 0.165
+_SHARE_OF_BIT_HARDER: Final = 0.105
+_SHARE_OF_BIT_IN_PIECES: Final = 0.06
 # share of the matrix rate of the fused kernel, and of torch's product after expansion
 _FUSED_SHARE: Final = 0.35
 # where decoding runs beside the products: sums of groups, folded scales, those of groups of 16 (H200, M = 256 and 512)
@@ -110,14 +115,24 @@ def matvec_seconds(request: Request, platform: Platform) -> float:
 def fused_seconds(request: Request, platform: Platform) -> float:
     """Packed bytes, decoded again for every 128 tokens, or the products, whichever takes longer."""
     form = form_of(request.scheme, request.shape[-1])
-    is_fine = form.scaling == "fold" and form.group == 16
-    share = _TABLE_SHARE if form.kind == "table" else _FINE_SHARE if is_fine else _MEMORY_SHARE[form.scaling]
+    share = _read_share(form, platform)
     share *= _MORE_TOKENS_SHARE if request.tokens > 8 else 1.0
     passes = max(1.0, -(-request.tokens // 128) * 0.5)
     work = form.terms * (2 if form.addend != "none" else 1)
     read = passes * _bytes(request) / (share * max(platform.bandwidth, 1e9))
     multiply = work * request.flops / (_matrix_share(request, platform, form) * _rate(request, platform))
     return _quantize_seconds(request, platform) + _LAUNCH_SECONDS + _RAMP_SECONDS + max(read, multiply)
+
+
+def _read_share(form: Form, platform: Platform) -> float:
+    """Share of the memory's rate at which few tokens read packed bytes."""
+    if form.scaling == "fold":
+        return _FINE_SHARE if form.group == 16 else _MEMORY_SHARE["fold"]
+    if platform.vendor != "nvidia" or not planes_launch.decodes_in_pairs(form):
+        return _TABLE_SHARE if form.kind == "table" else _MEMORY_SHARE[form.scaling]
+    is_easy = form.kind != "table" and len(form.widths) == 1
+    of_bit = _SHARE_OF_BIT_IN_PIECES if form.terms > 1 else _SHARE_OF_BIT if is_easy else _SHARE_OF_BIT_HARDER
+    return min(_MEMORY_SHARE["group"], of_bit * form.bits)
 
 
 def _matrix_share(request: Request, platform: Platform, form: Form) -> float:
@@ -272,20 +287,27 @@ def _hopper_cases(kernel: str, arch: str, tokens: tuple[int, ...]) -> Iterator[C
                         yield case
 
 
-def _one_cases(kernel: str, arch: str) -> Iterator[CompileCase]:
-    """The product of one token in Gluon, of each sample that it takes."""
+def _one_cases(kernel: str, arch: str, tokens: tuple[int, ...]) -> Iterator[CompileCase]:
+    """The products of one token and of a few in Gluon, of each sample that they take."""
     for name, scheme in _SAMPLES.items():
         form = form_of(scheme, _SHAPE[1])
-        config = planned_one(form, *_SHAPE) if arch in ONE_ARCHS else None
-        for dtype in ("bfloat16", "float16") if name in _MAIN else ("bfloat16",):
-            if config is not None:
-                case = _product_case(kernel, arch, name, scheme, dtype, 1, _SHAPE)
-                constants = one_constants(form, config, _SHAPE[1], is_half=dtype == "float16",
-                                          has_factors=case.constants["TOKENS"], has_bias=True)
-                types = {n: t for n, t in case.types.items() if n not in ("M", "x_stride")}
-                yield replace(case, function="anybit.kernels.triton.planes_one:one_kernel", types=types,
-                              label=f"one token, {name} {dtype}", constants=constants, num_warps=config.warps,
-                              divisible=("N", "NP", "K", "KP"), num_stages=1, options={})
+        for m in tokens if arch in ONE_ARCHS else ():
+            config = planned_one(form, *_SHAPE, m)
+            for dtype in ("bfloat16", "float16") if name in _MAIN else ("bfloat16",):
+                if config is not None:
+                    yield _one_case(_product_case(kernel, arch, name, scheme, dtype, m, _SHAPE), form, config)
+
+
+def _one_case(case: CompileCase, form: Form, config: OneConfig) -> CompileCase:
+    unused = ("M", "x_stride") if config.tokens == 1 else ()
+    constants = one_constants(form, config, _SHAPE[1], is_half=case.types["x_ptr"] == "*fp16",
+                              has_factors=case.constants["TOKENS"], has_bias=True)
+    return replace(
+        case, function=f"anybit.kernels.triton.planes_one:{config.kernel}", label=f"registers, {case.label}",
+        types={name: kind for name, kind in case.types.items() if name not in unused}, constants=constants,
+        divisible=tuple(name for name in case.divisible if name not in unused), num_warps=config.warps, num_stages=1,
+        options={},
+    )  # fmt: skip
 
 
 def _tile_of(case: CompileCase) -> tuple[object, ...]:
@@ -333,7 +355,7 @@ def matvec_cases(arch: str) -> list[CompileCase]:
     if not _claims(arch):
         return []
     return [*_product_cases("triton-matvec", arch, (1,)), *_hopper_cases("triton-matvec", arch, (1,)),
-            *_one_cases("triton-matvec", arch)]
+            *_one_cases("triton-matvec", arch, (1, 8))]
 
 
 def fused_cases(arch: str) -> list[CompileCase]:
@@ -343,7 +365,7 @@ def fused_cases(arch: str) -> list[CompileCase]:
     experts = [experts_case(_product_case("triton-fused", arch, name, _SAMPLES[name], "bfloat16", m, _SHAPE))
                for name in _OF_EXPERTS for m in (1, 64)]
     return [*_product_cases("triton-fused", arch, (16, 64, 512)), *experts,
-            *_hopper_cases("triton-fused", arch, (16, 32, 64, 128, 512))]
+            *_hopper_cases("triton-fused", arch, (16, 32, 64, 128, 512)), *_one_cases("triton-fused", arch, (16,))]
 
 
 def expand_cases(arch: str) -> list[CompileCase]:
