@@ -303,7 +303,7 @@ def _one_case(case: CompileCase, form: Form, config: OneConfig) -> CompileCase:
     constants = one_constants(form, config, _SHAPE[1], is_half=case.types["x_ptr"] == "*fp16",
                               has_factors=case.constants["TOKENS"], has_bias=True)
     return replace(
-        case, function=f"anybit.kernels.triton.planes_one:{config.kernel}", label=f"registers, {case.label}",
+        case, function=f"anybit.kernels.triton.{config.module}:{config.kernel}", label=f"registers, {case.label}",
         types={name: kind for name, kind in case.types.items() if name not in unused}, constants=constants,
         divisible=tuple(name for name in case.divisible if name not in unused), num_warps=config.warps, num_stages=1,
         options={},

@@ -1,4 +1,4 @@
-"""How the kernels of `planes_one` are launched, torch-free: which forms they take, rows and parts of K, constants.
+"""How the kernels of `planes_one` and `planes_some` are launched, torch-free: which forms they take, tiles, constants.
 
 They take products of at most 16 tokens where `planes_hopper_launch` does not; `planes_launch` is then not asked.
 Measured on an H200 for 4096 x 4096, 14336 x 4096, 4096 x 14336, 4096 x 28672 and 2560 x 9728.
@@ -37,8 +37,13 @@ class OneConfig:
     warps: int = 4
 
     @property
+    def module(self) -> str:
+        """Where the kernel is."""
+        return "planes_one" if self.tokens == 1 else "planes_some"
+
+    @property
     def kernel(self) -> str:
-        """Its name in `planes_one`."""
+        """Its name there."""
         return "one_kernel" if self.tokens == 1 else "some_kernel"
 
 

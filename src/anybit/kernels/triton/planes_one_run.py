@@ -1,7 +1,8 @@
-"""Launches of the kernels of `planes_one`, for calls of one kind; `planes.py` says when."""
+"""Launches of the kernels of `planes_one` and `planes_some`, for calls of one kind; `planes.py` says when."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,8 +27,7 @@ def one_call(
 
     Arguments as those of `planes_hopper_run.hopper_call`.
     """
-    from anybit.kernels.triton import planes_one
-
+    module = import_module(f"anybit.kernels.triton.{config.module}")
     (tokens, columns), row, zeros = x.shape, parts[8], parts[5]
     tiles, is_split = row.shape[0] // config.rows, config.split > 1
     size = 0 if quantize is None else quantize.scratch_bytes
@@ -39,7 +39,7 @@ def one_call(
     counted: list[Argument] = [] if config.tokens == 1 else [int]
     apart: list[Argument] = [] if config.tokens == 1 else [x.stride(0) if quantize is None else columns]
     made = Launch(
-        getattr(planes_one, config.kernel),
+        getattr(module, config.kernel),
         [x.dtype if quantize is None else quantize.pieces["codes"], *parts, row if factors is None else factors,
          row if bias is None else bias.dtype, out_dtype, sums, Zeros(tiles, captured) if is_split else row, *counted,
          rows, pitch, columns, form.padded(columns), *apart, pitch if zeros.shape[0] > 1 else 0,
