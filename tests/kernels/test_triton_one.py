@@ -1,4 +1,4 @@
-"""Products of few tokens in Gluon: which forms they take, how they are launched, and on a GPU what they give."""
+"""The product of one token in Gluon: which forms it takes, how it is launched, and on a GPU what it and a few give."""
 
 from __future__ import annotations
 
@@ -52,26 +52,23 @@ def test_folded_scales_coarse_bytes_and_codes_of_nan_are_left_to_other_kernels()
     left = [name for name, scheme in _SAMPLES.items() if name not in TAKEN]
     assert left == ["int8 channel", "mxfp4", "nvfp4", "fp8 block128"]
     special = replace(form_of(TAKEN["mxfp8"], 4096), special=1)
-    assert launch.planned_one(special, 4096, 4096, 1) is None
-    assert launch.planned_one(form_of(TAKEN["q4_k"], 4096), 4096, 4096, 17) is None
+    assert launch.planned_one(special, 4096, 4096) is None
 
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_programs_cover_rows_and_every_part_of_k_has_work(name: str) -> None:
     for n, k in ((64, 512), (4096, 4096), (28672, 4096), (4096, 14336), (200, 640), (151936, 896)):
         form = form_of(TAKEN[name], k)
-        for m in (1, 2, 8, 9, 16):
-            config = launch.planned_one(form, n, k, m)
-            assert config is not None
-            assert m <= config.tokens
-            assert planes_form.ROWS % config.rows == 0
-            blocks = form.padded(k) // (launch.fields_of(form, k) * form.tile)
-            assert -(-blocks // config.split) * (config.split - 1) < blocks or config.split == 1
+        config = launch.planned_one(form, n, k)
+        assert config is not None
+        assert planes_form.ROWS % config.rows == 0
+        blocks = form.padded(k) // (launch.fields_of(form, k) * form.tile)
+        assert -(-blocks // config.split) * (config.split - 1) < blocks or config.split == 1
 
 
 def test_only_the_architecture_that_it_was_measured_on_is_launched_so() -> None:
     form = form_of(TAKEN["q4_k"], 4096)
-    assert [arch for arch in ARCHS if launch.one_config(form, 4096, 4096, 4, arch)] in (["sm_90"], [])
+    assert [arch for arch in ARCHS if launch.one_config(form, 4096, 4096, arch)] in (["sm_90"], [])
     assert {case.arch for arch in ARCHS for case in MATVEC.cases(arch) if "registers" in case.label} == {"sm_90"}
 
 

@@ -287,23 +287,22 @@ def _hopper_cases(kernel: str, arch: str, tokens: tuple[int, ...]) -> Iterator[C
                         yield case
 
 
-def _one_cases(kernel: str, arch: str, tokens: tuple[int, ...]) -> Iterator[CompileCase]:
-    """The products of one token and of a few in Gluon, of each sample that they take."""
+def _one_cases(kernel: str, arch: str) -> Iterator[CompileCase]:
+    """The product of one token in Gluon, of each sample that it takes."""
     for name, scheme in _SAMPLES.items():
         form = form_of(scheme, _SHAPE[1])
-        for m in tokens if arch in ONE_ARCHS else ():
-            config = planned_one(form, *_SHAPE, m)
-            for dtype in ("bfloat16", "float16") if name in _MAIN else ("bfloat16",):
-                if config is not None:
-                    yield _one_case(_product_case(kernel, arch, name, scheme, dtype, m, _SHAPE), form, config)
+        config = planned_one(form, *_SHAPE) if arch in ONE_ARCHS else None
+        for dtype in ("bfloat16", "float16") if name in _MAIN else ("bfloat16",):
+            if config is not None:
+                yield _one_case(_product_case(kernel, arch, name, scheme, dtype, 1, _SHAPE), form, config)
 
 
 def _one_case(case: CompileCase, form: Form, config: OneConfig) -> CompileCase:
-    unused = ("M", "x_stride") if config.tokens == 1 else ()
+    unused = ("M", "x_stride")
     constants = one_constants(form, config, _SHAPE[1], is_half=case.types["x_ptr"] == "*fp16",
                               has_factors=case.constants["TOKENS"], has_bias=True)
     return replace(
-        case, function=f"anybit.kernels.triton.{config.module}:{config.kernel}", label=f"registers, {case.label}",
+        case, function="anybit.kernels.triton.planes_one:one_kernel", label=f"registers, {case.label}",
         types={name: kind for name, kind in case.types.items() if name not in unused}, constants=constants,
         divisible=tuple(name for name in case.divisible if name not in unused), num_warps=config.warps, num_stages=1,
         options={},
@@ -355,7 +354,7 @@ def matvec_cases(arch: str) -> list[CompileCase]:
     if not _claims(arch):
         return []
     return [*_product_cases("triton-matvec", arch, (1,)), *_hopper_cases("triton-matvec", arch, (1,)),
-            *_one_cases("triton-matvec", arch, (1, 8))]
+            *_one_cases("triton-matvec", arch)]
 
 
 def fused_cases(arch: str) -> list[CompileCase]:
@@ -365,7 +364,7 @@ def fused_cases(arch: str) -> list[CompileCase]:
     experts = [experts_case(_product_case("triton-fused", arch, name, _SAMPLES[name], "bfloat16", m, _SHAPE))
                for name in _OF_EXPERTS for m in (1, 64)]
     return [*_product_cases("triton-fused", arch, (16, 64, 512)), *experts,
-            *_hopper_cases("triton-fused", arch, (16, 32, 64, 128, 512)), *_one_cases("triton-fused", arch, (16,))]
+            *_hopper_cases("triton-fused", arch, (16, 32, 64, 128, 512))]
 
 
 def expand_cases(arch: str) -> list[CompileCase]:

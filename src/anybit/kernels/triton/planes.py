@@ -254,7 +254,7 @@ class StoredPlanes(Launched):
 
             return hopper_call(hopper, form, rows, self._parts, self._pitch(), self._captured, x, factors, bias,
                                out_dtype, quantize)
-        one = None if self._is_pinned else one_config(form, rows, columns, tokens, arch)
+        one = one_config(form, rows, columns, arch) if planned == 1 else None
         if one is not None:
             from anybit.kernels.triton.planes_one_run import one_call
 

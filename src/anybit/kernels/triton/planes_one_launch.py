@@ -1,7 +1,7 @@
-"""How the kernels of `planes_one` and `planes_some` are launched, torch-free: which forms they take, tiles, constants.
+"""How the kernel of `planes_one` is launched, torch-free: which forms it takes, rows and parts of K, constants.
 
-They take products of at most 16 tokens where `planes_hopper_launch` does not; `planes_launch` is then not asked.
-Measured on an H200 for 4096 x 4096, 14336 x 4096, 4096 x 14336, 4096 x 28672 and 2560 x 9728.
+It takes the product of one token where `planes_hopper_launch` does not; `planes_launch` is then not asked. Measured on
+an H200 for 4096 x 4096, 14336 x 4096, 4096 x 14336, 4096 x 28672 and 2560 x 9728.
 """
 
 from __future__ import annotations
@@ -16,35 +16,20 @@ from anybit.kernels.triton.planes_form import ROWS, Form
 from anybit.kernels.triton.planes_hopper_launch import has_gluon
 from anybit.kernels.triton.planes_launch import constants, decodes_in_pairs, parts_of, terms_of
 
-__all__ = ["MOST_TOKENS", "ONE_ARCHS", "OneConfig", "fields_of", "one_config", "one_constants", "planned_one",
-           "takes_one"]
+__all__ = ["ONE_ARCHS", "OneConfig", "fields_of", "one_config", "one_constants", "planned_one", "takes_one"]
 
 ONE_ARCHS: Final = ("sm_90",)  # where it was measured
-MOST_TOKENS: Final = 16
 _ROWS: Final = 64  # of a program of four warps
-_MULTIPROCESSORS: Final = 132
-# programs that an H200 holds at once on a multiprocessor, by tokens at most: they wait for memory in turn
-_AT_ONCE: Final = {1: 6, 8: 4, 16: 4}
+_PROGRAMS: Final = 6 * 132  # that an H200 holds at once, which wait for memory in turn
 
 
 @dataclass(frozen=True)
 class OneConfig:
-    """One launch: tile of tokens (1, 8 or 16) and rows, parts of K, warps."""
+    """One launch: rows of a program, parts of K, warps."""
 
-    tokens: int
     rows: int
     split: int
     warps: int = 4
-
-    @property
-    def module(self) -> str:
-        """Where the kernel is."""
-        return "planes_one" if self.tokens == 1 else "planes_some"
-
-    @property
-    def kernel(self) -> str:
-        """Its name there."""
-        return "one_kernel" if self.tokens == 1 else "some_kernel"
 
 
 @cache
@@ -59,19 +44,18 @@ def takes_one(form: Form) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def one_config(form: Form, rows: int, columns: int, tokens: int, arch: str) -> OneConfig | None:
-    """The launch of `tokens` and a weight [rows, columns]; None where another kernel has it."""
-    return planned_one(form, rows, columns, tokens) if arch in ONE_ARCHS and has_product() else None
+def one_config(form: Form, rows: int, columns: int, arch: str) -> OneConfig | None:
+    """The launch for one token and a weight [rows, columns]; None where another kernel has it."""
+    return planned_one(form, rows, columns) if arch in ONE_ARCHS and has_product() else None
 
 
-def planned_one(form: Form, rows: int, columns: int, tokens: int) -> OneConfig | None:
+def planned_one(form: Form, rows: int, columns: int) -> OneConfig | None:
     """The same, whatever is installed; pure."""
-    if tokens > MOST_TOKENS or not takes_one(form):
+    if not takes_one(form):
         return None
-    tile = 1 if tokens == 1 else 8 if tokens <= 8 else 16
     blocks = form.padded(columns) // (fields_of(form, columns) * form.tile)
-    wanted = round(_AT_ONCE[tile] * _MULTIPROCESSORS / (-(-rows // ROWS) * ROWS // _ROWS))
-    return OneConfig(tile, _ROWS, parts_of(blocks, wanted, 16))
+    wanted = round(_PROGRAMS / (-(-rows // ROWS) * ROWS // _ROWS))
+    return OneConfig(_ROWS, parts_of(blocks, wanted, 16))
 
 
 def fields_of(form: Form, columns: int) -> int:
@@ -86,8 +70,7 @@ def one_constants(
     """The kernel's compile-time constants."""
     fields = fields_of(form, columns)
     run = math.gcd(form.group // form.tile, fields) if form.bits == 8 else form.run
-    tokens = {"BM": config.tokens} if config.tokens > 1 else {}
-    return constants(form) | tokens | {
+    return constants(form) | {
         "F": fields, "R": run, "TERMS": terms_of(form, is_half=is_half), "BN": config.rows, "SPLIT": config.split > 1,
         "TOKENS": has_factors, "BIAS": has_bias, "EVEN": columns == form.padded(columns), "WARPS": config.warps,
     }  # fmt: skip

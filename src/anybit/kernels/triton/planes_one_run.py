@@ -1,8 +1,7 @@
-"""Launches of the kernels of `planes_one` and `planes_some`, for calls of one kind; `planes.py` says when."""
+"""Launches of the kernel of `planes_one`, for calls of one kind; `planes.py` says when."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,29 +22,28 @@ def one_call(
     config: OneConfig, form: Form, rows: int, parts: list[Tensor], pitch: int, captured: list[Tensor], x: Tensor,
     factors: Piece | torch.dtype | None, bias: Tensor | None, out_dtype: torch.dtype, quantize: QuantizerPlan | None,
 ) -> Call:  # fmt: skip
-    """Launches of calls like this one: x [M, K], or what `quantize` makes of it, times a weight's parts.
+    """Launches of calls like this one: x [1, K], or what `quantize` makes of it, times a weight's parts.
 
     Arguments as those of `planes_hopper_run.hopper_call`.
     """
-    module = import_module(f"anybit.kernels.triton.{config.module}")
-    (tokens, columns), row, zeros = x.shape, parts[8], parts[5]
+    from anybit.kernels.triton.planes_one import one_kernel
+
+    columns, row, zeros = x.shape[1], parts[8], parts[5]
     tiles, is_split = row.shape[0] // config.rows, config.split > 1
     size = 0 if quantize is None else quantize.scratch_bytes
     sums: Argument = row  # stands in for what a specialization does not read
     if is_split:
         sums = Piece(size, torch.float32)
-        size += -(-config.split * tokens * rows * 4 // ALIGNED) * ALIGNED
+        size += -(-config.split * rows * 4 // ALIGNED) * ALIGNED
     is_half = quantize is None and x.dtype == torch.float16
-    counted: list[Argument] = [] if config.tokens == 1 else [int]
-    apart: list[Argument] = [] if config.tokens == 1 else [x.stride(0) if quantize is None else columns]
     made = Launch(
-        getattr(module, config.kernel),
+        one_kernel,
         [x.dtype if quantize is None else quantize.pieces["codes"], *parts, row if factors is None else factors,
-         row if bias is None else bias.dtype, out_dtype, sums, Zeros(tiles, captured) if is_split else row, *counted,
-         rows, pitch, columns, form.padded(columns), *apart, pitch if zeros.shape[0] > 1 else 0,
+         row if bias is None else bias.dtype, out_dtype, sums, Zeros(tiles, captured) if is_split else row, rows, pitch,
+         columns, form.padded(columns), pitch if zeros.shape[0] > 1 else 0,
          half_factor(form, is_half=is_half)],
         one_constants(form, config, columns, is_half=is_half, has_factors=factors is not None,
                       has_bias=bias is not None),
         x.device, num_warps=config.warps,
     )  # fmt: skip
-    return Call((tokens, rows), out_dtype, x.device, tokens, size, quantize, made, (tiles, config.split))
+    return Call((1, rows), out_dtype, x.device, 1, size, quantize, made, (tiles, config.split))

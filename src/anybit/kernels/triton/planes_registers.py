@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Weights of "triton-planes" from memory to the registers of a matrix instruction, for `planes_one` and `planes_some`.
+"""Weights of "triton-planes" from memory to the registers of a matrix instruction, in Gluon: for `planes_one`.
 
 What a block reads is held as it is stored, a block ahead of the one that is multiplied, and decoded two codes at a time
 by the PTX of `planes_pairs`. Scales and offsets of a block's groups are a tile [BN rows, 8 fields] in the layout of the
