@@ -1,14 +1,17 @@
-"""The experts of one layer on a GPU: a captured call, and the loop over experts outside a graph.
+"""The experts of one layer: all of them in one call, and one after another.
 
-    PYTHONPATH=src python benchmarks/experts.py [--schemes int4_g128,fp8_per_block] [--shape 128,8,2048,768]
+    PYTHONPATH=src python benchmarks/experts.py [--device cpu] [--schemes int4_g128,fp8_per_block]
+                                               [--shape 128,8,2048,768]
 
-A line each for 1 to 512 tokens with routes of the dice: microseconds of a call replayed from a graph (four calls a
-graph, ten replays), eager, and one expert after another, which reads the router's choice back to the host.
+A line each with routes of the dice. On a GPU for 1 to 512 tokens: microseconds of a call replayed from a graph (four
+calls a graph, ten replays), eager, and one expert after another, which reads the router's choice back to the host. On a
+CPU for up to 8 tokens in float32: medians of 30 calls of either way, in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 
@@ -25,7 +28,8 @@ from anybit.planning.choose import Choice, choose
 from anybit.platforms import detect
 from anybit.schemes import Layer, dense
 
-TOKENS = (1, 4, 16, 64, 512)
+TOKENS = {"cuda": (1, 4, 16, 64, 512), "cpu": (1, 2, 4, 8)}
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
 class Gating(nn.Module):
@@ -34,16 +38,17 @@ class Gating(nn.Module):
     act_fn = nn.SiLU()
 
 
-def experts_of(name: str, count: int, hidden: int, inner: int) -> AnybitExperts:
+def experts_of(name: str, count: int, hidden: int, inner: int, device: str) -> AnybitExperts:
     """Experts of random weights under an online scheme, with the kernels that the plan takes."""
     made = {}
     for role, shape in (("gate_proj", (inner, hidden)), ("up_proj", (inner, hidden)), ("down_proj", (hidden, inner))):
         scheme = quantizer(name).scheme_of(Layer("layer", "linear", shape, dense("bfloat16")))
-        choice = choose(Request("linear", scheme, shape, "bfloat16"), detect("cuda"))
+        dtype = DTYPES[device]
+        choice = choose(Request("linear", scheme, shape, str(dtype).removeprefix("torch.")), detect(device))
         assert isinstance(choice, Choice)
         prepare = implementation(choice.spec).prepare
-        weights = [sample_weight(scheme, shape, seed=i, device="cuda") for i in range(count)]
-        made[role] = [AnybitLinear(product_of(w, prepare(w, torch.bfloat16, choice.names), "cuda")) for w in weights]
+        weights = [sample_weight(scheme, shape, seed=i, device=device) for i in range(count)]
+        made[role] = [AnybitLinear(product_of(w, prepare(w, dtype, choice.names), device)) for w in weights]
     return AnybitExperts(Gating(), count, made)
 
 
@@ -74,26 +79,47 @@ def captured(call: Callable[[], object]) -> float:
     return begun.elapsed_time(ended) / 40 * 1e3
 
 
+def on_gpu(layer: AnybitExperts, given: tuple[torch.Tensor, ...]) -> str:
+    """The three ways there, in words."""
+    at_once = eager(lambda: layer(*given), 5)
+    recorded = captured(lambda: layer(*given))
+    stacks, layer._stacks = layer._stacks, {}
+    loop = eager(lambda: layer(*given), 2)
+    layer._stacks = stacks
+    return f"captured {recorded:.0f}, eager {at_once:.0f}, one by one {loop:.0f}"
+
+
+def on_cpu(layer: AnybitExperts, given: tuple[torch.Tensor, ...]) -> str:
+    """The two ways there, in words."""
+    together, times = layer._together_on_cpu, {True: [], False: []}
+    for _ in range(30):
+        for at_once in (True, False):
+            layer._together_on_cpu = together if at_once else {}
+            begun = time.perf_counter()
+            layer(*given)
+            times[at_once].append((time.perf_counter() - begun) * 1e6)
+    layer._together_on_cpu = together
+    return f"at once {statistics.median(times[True]):.0f}, one by one {statistics.median(times[False]):.0f}"
+
+
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=sorted(TOKENS))
     parser.add_argument("--schemes", default="int4_g128,fp8_per_block,fp8_per_channel")
     parser.add_argument("--shape", default="128,8,2048,768", help="experts, chosen, hidden, inner")
     options = parser.parse_args()
     count, chosen, hidden, inner = (int(part) for part in options.shape.split(","))
+    device = options.device
     for name in options.schemes.split(","):
-        layer = experts_of(name, count, hidden, inner)
-        for tokens in TOKENS:
-            x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
-            weights = torch.rand(tokens, chosen, device="cuda", dtype=torch.bfloat16)
-            index = torch.stack([torch.randperm(count, device="cuda")[:chosen] for _ in range(tokens)])
+        layer = experts_of(name, count, hidden, inner, device)
+        for tokens in TOKENS[device]:
+            x = torch.randn(tokens, hidden, device=device, dtype=DTYPES[device])
+            weights = torch.rand(tokens, chosen, device=device, dtype=x.dtype)
+            index = torch.stack([torch.randperm(count, device=device)[:chosen] for _ in range(tokens)])
             with torch.inference_mode():
-                at_once = eager(lambda: layer(x, index, weights), 5)  # noqa: B023
-                recorded = captured(lambda: layer(x, index, weights))  # noqa: B023
-                stacks, layer._stacks = layer._stacks, {}
-                loop = eager(lambda: layer(x, index, weights), 2)  # noqa: B023
-                layer._stacks = stacks
-            print(f"{name} M {tokens}: captured {recorded:.0f}, eager {at_once:.0f}, one by one {loop:.0f}", flush=True)
+                said = (on_gpu if device == "cuda" else on_cpu)(layer, (x, index, weights))
+            print(f"{name} M {tokens}: {said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,18 @@ def chained(model: Any) -> bool:
     return "forward" in model.model.__dict__
 
 
+@pytest.mark.parametrize("name", genuine("gptq-w4-g128-*", "ct-llama-w4a16-g128"))
+def test_plain_from_pretrained_takes_the_short_way_too(name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    anybit.enable()
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / name, dtype=torch.float32)
+    assert len(shortened(model)) == model.config.num_hidden_layers
+    assert chained(model)
+    wanted = step_logits(loaded(name), 12)
+    assert (step_logits(model, 12) - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_step_through_all_blocks_equals_block_by_block(name: str) -> None:
     model = loaded(name)

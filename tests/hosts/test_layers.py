@@ -66,3 +66,24 @@ def test_a_kernel_of_another_chip_says_why_it_cannot() -> None:
 def test_an_unknown_scheme_is_named() -> None:
     with pytest.raises(Unsupported, match="nvfp5"):
         anybit.linear(torch.randn(64, 128), "nvfp5")
+
+
+@pytest.mark.parametrize("scheme", ["int4_g128", "int8_asym"])
+def test_a_compiled_layer_has_the_gradient_of_an_eager_one(scheme: str) -> None:
+    made = torch.Generator().manual_seed(3)
+    module = anybit.linear(torch.randn(48, 256, generator=made), scheme, device="cpu")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x, grad = torch.randn(2, 3, 256, generator=made), torch.randn(2, 3, 48, generator=made)
+    want = grad.double() @ module.product.stored.dequantize().double()  # straight through the quantization of x
+    allowed = 48 * 2.0**-23 * (grad.double().abs() @ module.product.stored.dequantize().double().abs())
+    for call in (module, compiled):
+        leaf = x.clone().requires_grad_()
+        call(leaf).backward(grad)
+        assert leaf.grad is not None
+        assert bool(((leaf.grad.double() - want).abs() <= allowed).all())
+
+
+def test_the_operator_of_a_layer_passes_torchs_own_check() -> None:
+    module = anybit.linear(torch.randn(48, 256, generator=torch.Generator().manual_seed(4)), "nvfp4_a16", device="cpu")
+    for x in (torch.randn(5, 256), torch.randn(2, 3, 256, requires_grad=True)):
+        torch.library.opcheck(torch.ops.anybit.product, (x, module.key, 48))  # schema, fake tensors, autograd, compiling

@@ -9,6 +9,7 @@ from test_load_genuine import READ, has, module_of, relative_error, unquantized
 
 import anybit
 from anybit.hosts.modules import AnybitLinear
+from anybit.kernels.request import regime_of, roundings
 from conftest import CHECKPOINTS, EXPECTED, genuine
 
 pytestmark = [
@@ -44,9 +45,10 @@ def test_a_loaded_layer_gives_the_recorded_output(name: str) -> None:
 
 @pytest.mark.parametrize("name", genuine("gptq-*", "awq-*", "modelopt-nvfp4-*"))
 def test_bfloat16_layers_stay_within_the_bound(name: str) -> None:
-    """K * 2^-24 * |x| |W| of accumulation and half an ulp (2^-9) of the output's rounding to bfloat16."""
+    """2 K 2^-24 |x| |W| of accumulation, 2^-8 of that for what the planned kernel says that it rounds, and the output's."""
     model = anybit.load(CHECKPOINTS / name, dtype="bfloat16", device="cuda")
-    layer = next(m for m in model.modules() if isinstance(m, AnybitLinear))
+    path, layer = next((path, m) for path, m in model.named_modules() if isinstance(m, AnybitLinear))
+    rounds = next(unit.rounds for unit in model.anybit.plan.units if path in unit.layers)
     if layer.product.scheme.activation is not None or layer.product.pre_scale is not None:
         pytest.skip("activation quantization: compared in float32 above")
     for tokens in (1, 3, 17, 130):
@@ -58,7 +60,8 @@ def test_bfloat16_layers_stay_within_the_bound(name: str) -> None:
             wanted = wanted + layer.product.bias.double()
         with torch.no_grad():
             error = (layer(x).double() - wanted).abs()
-        bound = layer.in_features * 2.0**-24 * magnitude + wanted.abs() * 2.0**-8 + 1e-30
+        unit = 2 * layer.in_features * 2.0**-24 + roundings(rounds[regime_of(tokens)]) * 2.0**-8
+        bound = unit * magnitude + (wanted.abs() + unit * magnitude) * 2.0**-8 + 1e-30
         assert (error <= bound).all()
 
 
@@ -67,6 +70,7 @@ def test_the_model_generates_and_its_memory_is_counted() -> None:
     model = anybit.load(CHECKPOINTS / name, device="cuda")
     assert model.anybit.held_bytes > 0
     predicted = model.anybit.plan.memory.weights + model.anybit.plan.memory.plain
-    assert model.anybit.held_bytes == pytest.approx(predicted, rel=0.1, abs=2**20)
+    # beside the model: zeros that split products count in, 2 MiB once a process
+    assert model.anybit.held_bytes == pytest.approx(predicted, rel=0.1, abs=3 * 2**20)
     out = model.generate(torch.tensor([[1, 2, 3]], device="cuda"), max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert out.shape == (1, 11)

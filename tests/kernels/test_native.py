@@ -28,6 +28,7 @@ LIBRARY = native.library()
 if LIBRARY is None:
     pytest.skip(f"the compiled CPU kernel is missing: {native.why_missing()}", allow_module_level=True)
 
+from anybit.kernels.native.experts import Experts  # noqa: E402
 from anybit.kernels.native.planes import Planes, from_weight, pack_planes  # noqa: E402
 from anybit.kernels.native.support import code, reasons_against  # noqa: E402
 
@@ -339,31 +340,39 @@ def test_bias_is_added_once_in_float32(isa: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("element", ["uint4", "int8", "fp6_e3m2", "int3"])
-def test_experts(isa: str, element: str) -> None:
-    shape = (4, 10, 80)
-    weight = build(element, shape, (ScaleLevel("float16", group(16)), ScaleLevel("float32", TENSOR)))
-    weight = QuantizedWeight(weight.scheme, shape, weight.codes, weight.scales, bias=torch.randn(4, 10))
-    planes, w = from_weight(weight), weight.dequantize()
-    assert equal(decoded(planes, 40), w.view(40, 80))
+def test_experts_in_one_call_give_what_each_alone_gives(isa: str, element: str) -> None:
+    levels = (ScaleLevel("float16", group(16)), ScaleLevel("float32", TENSOR))
+    weights = [build(element, (10, 80), levels) for _ in range(4)]
+    weights = [QuantizedWeight(w.scheme, w.shape, w.codes, w.scales, bias=torch.randn(10)) for w in weights]
+    planes = [from_weight(weight) for weight in weights]
+    assert Experts.are_alike(planes)
+    every = Experts(planes)
     x = torch.randn(5, 80)
-    experts = torch.tensor([3, 0, 0, 2, *[1] * 11])
-    tokens = torch.tensor([4, 4, 1, 0, *[0, 1, 2, 3, 4] * 2, 2])
-    out = torch.full((15, 10), float("nan"))
-    planes.linear_experts(x, experts, tokens, out)
-    assert weight.bias is not None
-    for p in range(15):
-        e, t = int(experts[p]), int(tokens[p])
-        assert_product(out[p : p + 1], x[t : t + 1], w[e], weight.bias[e])
-    one_each = planes.linear_experts(x[:4].bfloat16(), torch.tensor([3, 2, 1, 0]))
-    assert one_each.dtype == torch.bfloat16
+    tokens = torch.tensor([0, 4, 1, 4, *[0, 1, 2, 3, 4] * 2, 2], dtype=torch.int32)
+    found = every(x, [2, 0, 3, 1], [0, 1, 3, 4, 15], tokens)
+    for expert, begin, end in ((2, 0, 1), (0, 1, 3), (3, 3, 4), (1, 4, 15)):
+        rows = x[tokens[begin:end].long()]
+        assert torch.equal(found[begin:end], planes[expert].linear(rows))
+        assert_product(found[begin:end], rows, weights[expert].dequantize(), weights[expert].bias)
+    one_each = every(x[:4].bfloat16(), [3, 2, 1, 0], [0, 1, 2, 3, 4])
     for p in range(4):
-        assert_product(one_each[p : p + 1], x[p : p + 1].bfloat16(), w[3 - p], weight.bias[3 - p])
-    for wrong in ([4, 0], [-1, 0]):
+        assert torch.equal(one_each[p : p + 1], planes[3 - p].linear(x[p : p + 1].bfloat16()))
+    for wrong in (5, -1):
         with pytest.raises(IndexError):
-            planes.linear_experts(x, torch.tensor(wrong))
-    with pytest.raises(IndexError):
-        planes.linear_experts(x, torch.tensor([0]), torch.tensor([5]))
-    assert planes.linear_experts(x, torch.tensor([], dtype=torch.int64)).shape == (0, 10)
+            every(x, [0], [0, 1], torch.tensor([wrong], dtype=torch.int32))
+    with pytest.raises(ValueError, match="6 pairs"):
+        every(x, [0], [0, 6])
+    assert every(x, [0], [0, 0]).shape == (0, 10)
+
+
+def test_experts_of_other_sizes_kinds_or_biases_are_not_called_together() -> None:
+    scale = (ScaleLevel("float16", group(16)),)
+    first = build("uint4", (10, 80), scale)
+    others = [build("uint4", (12, 80), scale), build("uint8", (10, 80), scale),
+              QuantizedWeight(first.scheme, first.shape, first.codes, first.scales, bias=torch.randn(10))]
+    assert Experts.are_alike([from_weight(first), from_weight(build("uint4", (10, 80), scale))])
+    for other in others:
+        assert not Experts.are_alike([from_weight(first), from_weight(other)])
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -11,7 +11,7 @@ import torch
 from anybit.checkpoints.online import quantizer
 from anybit.kernels.catalogue import implementation, kernel
 from anybit.kernels.product import Product, product_of
-from anybit.kernels.request import REGIMES
+from anybit.kernels.request import NARROW_ADDER, REGIMES
 from anybit.kernels.trials import compare, copies_for, probes, sample_weight
 from anybit.schemes import Layer, Offset, ScaleLevel, Scheme, dense, group
 from anybit.weights import QuantizedWeight
@@ -84,6 +84,28 @@ def test_a_wrong_kernel_is_outside_the_bound(change: str) -> None:
     x = next(x for label, x in probes(256, torch.float32, "cpu") if x.shape[0] == 17)
     assert not compare(weight, wrong, x).ok
     assert compare(weight, right, x).ok
+
+
+def in_a_narrow_adder(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x W^T with sums of 128 products as Hopper adds fp8: 32 products and the sum so far, to 13 bits of the largest."""
+    total = x.new_zeros(len(x), len(w), dtype=torch.float64)
+    for block in range(0, x.shape[1], 128):
+        held = torch.zeros_like(total)
+        for k in range(block, block + 128, 32):
+            terms = torch.cat([x[:, None, k : k + 32].double() * w[None, :, k : k + 32].double(), held[..., None]], -1)
+            step = torch.exp2(terms.abs().amax(-1, keepdim=True).clamp(min=2.0**-80).log2().floor() - 13)
+            held = ((terms / step).trunc() * step).sum(-1)
+        total += held
+    return total
+
+
+def test_sums_in_a_narrow_adder_are_within_the_bound_of_a_kernel_that_says_so() -> None:
+    weight = sample_weight(SCHEMES["fp8_per_channel"].weight_only(), (96, 256), seed=3)
+    for label, x in probes(256, torch.float16, "cpu"):
+        x = x[:20] / 8
+        found = in_a_narrow_adder(x, weight.dequantize()).half()
+        assert compare(weight, lambda _, y=found: y, x, rounds=f"sums of 128 products in {NARROW_ADDER}").worst <= 1, label
+    assert not compare(weight, lambda _: found, x).ok
 
 
 def test_a_kernel_that_rounds_weights_is_outside_the_bound_unless_it_says_so() -> None:

@@ -68,6 +68,19 @@ def test_preparing_loses_no_bit_of_a_genuine_layer(folder: str) -> None:
                 assert torch.equal(unpacked(packed), weight.dequantize()), str(layer.scheme)
 
 
+@pytest.mark.parametrize("name", ["int4 g128", "uint4 g128 zp", "nf4 g64"])
+@pytest.mark.parametrize("times, fits", [(1.0, True), (2.0**24, False), (2.0**-12, False)], ids=["usual", "large", "tiny"])
+def test_rows_are_written_out_as_float16_only_where_they_fit_it(name: str, times: float, fits: bool) -> None:
+    weight = sample_weight(_SAMPLES[name], (70, 512))
+    scales = weight.scales[0].clone()
+    scales[33] = scales[33] * times  # one row is enough: of the largest weights of float16, or lost below its smallest
+    weight = replace(weight, scales=(scales, *weight.scales[1:]))
+    for dtype, wanted in ((torch.float16, fits), (torch.bfloat16, True)):
+        packed = pack(weight, dtype)
+        assert packed is not None
+        assert planes.is_expandable(packed, dtype) is wanted
+
+
 @pytest.mark.parametrize("name", _SAMPLES)
 def test_the_bytes_of_the_layout_are_those_that_the_spec_says(name: str) -> None:
     for n, k in ((200, 512), (64, 1024)):
@@ -562,6 +575,26 @@ def test_a_pinned_row_does_not_depend_on_its_batch() -> None:
     whole = stored.linear(x, "prefill", None, torch.bfloat16)
     for rows in (1, 7, 64, 65):
         assert torch.equal(stored.linear(x[:rows], regime(rows), None, torch.bfloat16), whole[:rows])
+
+
+@on_gpu
+@pytest.mark.parametrize("power", [20, -30])
+def test_float16_rows_meet_weights_beyond_the_range_of_float16(power: int) -> None:
+    weight = weight_on_gpu(GPU_SCHEMES["int4 g128"], 200, 512)
+    weight = replace(weight, scales=(weight.scales[0] * 2.0**power,))
+    x = (torch.randn(130, 512, device="cuda") * 2.0**-10).half()
+    x[3] = 0.0  # times infinity would be NaN
+    y = prepared(weight, torch.float16).linear(x, "prefill", None, torch.float32)
+    demand_close(y, x, weight, None, 0.0, f"scales of 2^{power}")
+
+
+@on_gpu
+@pytest.mark.parametrize("m", [66, 200, 300])
+def test_a_bias_costs_no_rounding_where_rows_are_not_aligned(m: int) -> None:
+    weight = weight_on_gpu(GPU_SCHEMES["nvfp4"], 176, 2960)
+    wide = torch.randn(m, 2963, device="cuda", dtype=torch.bfloat16)
+    x, bias = wide[:, 1:2961], torch.randn(176, device="cuda", dtype=torch.bfloat16)
+    demand_close(prepared(weight).linear(x, "prefill", bias, torch.bfloat16), x, weight, bias, 0.0, f"M = {m}")
 
 
 @on_gpu

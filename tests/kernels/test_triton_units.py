@@ -120,6 +120,20 @@ def test_a_window_is_read_at_the_pitch_of_the_whole(
     assert numbers[-1] in (0, 1024)  # of zero points
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU answers to torch")
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_window_multiplies_bit_for_bit_as_the_layer_alone_did(name: str) -> None:
+    scheme, chosen = SCHEMES[name]
+    layers = [layer(scheme, chosen, rows, seed).cuda() for seed, rows in enumerate((512, 256, 256))]
+    inputs = [torch.randn(m, K, device="cuda", dtype=torch.bfloat16) for m in (1, 3, 16, 17, 33, 64, 70, 130, 300)]
+    before = [[module(x) for x in inputs] for module in layers]
+    joined(layers)
+    for module, wanted in zip(layers, before, strict=True):
+        for x, y in zip(inputs, wanted, strict=True):
+            assert torch.equal(module(x), y), len(x)
+
+
 def test_moving_a_joined_layer_leaves_its_weight_as_it_is() -> None:
     scheme, chosen = SCHEMES["int4 g128"]
     layers = [layer(scheme, chosen, rows, seed) for seed, rows in enumerate(ROWS)]

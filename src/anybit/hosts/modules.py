@@ -23,9 +23,12 @@ from anybit.kernels.triton.devices import on_device
 from anybit.planning.invariance import looks_at_all_rows
 
 if TYPE_CHECKING:
+    from anybit.kernels.native.experts import Experts
+    from anybit.kernels.native.planes import Planes
     from anybit.kernels.triton.experts import Stack
 
 _ROWS_OF_ONE: Final = 192  # rows of an expert from which on decoding its weights once and torch's product are faster
+_OF_LIBRARY: Final = (torch.float32, torch.float16, torch.bfloat16)  # what its calls take
 _PRODUCTS: weakref.WeakValueDictionary[int, _Bound] = weakref.WeakValueDictionary()
 _EXPERTS: weakref.WeakValueDictionary[int, AnybitExperts] = weakref.WeakValueDictionary()
 
@@ -192,6 +195,7 @@ class AnybitExperts(nn.Module):
         self.is_concatenated = bool(getattr(host, "is_concatenated", True))
         self._projections = {name: list(products) for name, products in projections.items()}
         self._stacks = self._stacked()
+        self._together_on_cpu = _callable_together(self._projections)
         self.key = id(self)
         _EXPERTS[self.key] = self
 
@@ -201,6 +205,8 @@ class AnybitExperts(nn.Module):
             return cast("Tensor", torch.ops.anybit.experts(hidden_states, top_k_index, top_k_weights, self.key))
         if self._runs_at_once(hidden_states, top_k_index):
             return self._at_once(hidden_states, top_k_index, top_k_weights)
+        if self._are_few(hidden_states):
+            return self._of_few(hidden_states, top_k_index, top_k_weights)
         result = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             if expert >= self.num_experts:  # the mark of an expert on another device
@@ -245,7 +251,37 @@ class AnybitExperts(nn.Module):
         out = out.view(x.shape[0], chosen, out.shape[-1])
         return (out.float() * weights[..., None]).sum(1).to(x.dtype)
 
-    # --- what both ways share ---
+    # --- the experts of a few tokens in one call a projection, on a CPU ---
+
+    def _are_few(self, x: Tensor) -> bool:
+        """True where each chosen expert has a row or two, of which its weights are read once."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return False
+        return bool(self._together_on_cpu) and x.shape[0] <= REGIMES["decode"][0] and x.dtype in _OF_LIBRARY
+
+    def _of_few(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """What the loop gives: the same sums in the same order."""
+        chosen, numbers = index.shape[-1], index.flatten().tolist()
+        pairs = sorted((p for p, expert in enumerate(numbers) if expert < self.num_experts), key=numbers.__getitem__)
+        result = torch.zeros_like(x)
+        if not pairs:
+            return result
+        experts: list[int] = []
+        first: list[int] = []
+        for place, pair in enumerate(pairs):
+            if not experts or numbers[pair] != experts[-1]:
+                experts.append(numbers[pair])
+                first.append(place)
+        first.append(len(pairs))
+        order = torch.tensor(pairs)
+        token = order // chosen
+        rows = token.to(torch.int32)
+        products = self._together_on_cpu
+        gated = self._gate(self._together(lambda name, at: products[name](at, experts, first, rows), x))
+        out = products["down_proj"](gated, experts, first) * weights.flatten()[order, None]
+        return result.index_add_(0, token, out.to(result.dtype))
+
+    # --- what all ways share ---
 
     def _one(self, expert: int, name: str, x: Tensor) -> Tensor:
         return cast("Tensor", self._projection(name, expert)(x))
@@ -268,6 +304,26 @@ class AnybitExperts(nn.Module):
             return cast("Tensor", apply(gate_up))
         gate, up = gate_up.chunk(2, dim=-1)
         return cast("Tensor", cast("Any", self.host).act_fn(gate)) * up
+
+
+def _callable_together(projections: Mapping[str, list[AnybitLinear]]) -> dict[str, Experts]:
+    """Each projection's experts for calls of the compiled library; empty where not all of them lie in its layout."""
+    from anybit.kernels.native.experts import Experts
+
+    found = {}
+    for name, products in projections.items():
+        packed = [_packed_for_library(p.product) for p in products]
+        weights = [weight for weight in packed if weight is not None]
+        if not weights or len(weights) != len(packed) or not Experts.are_alike(weights):
+            return {}
+        found[name] = Experts(weights)
+    return found
+
+
+def _packed_for_library(product: Product) -> Planes | None:
+    """The weight in the compiled library's layout where nothing else happens to x or y."""
+    packed = getattr(product.stored, "packed", None) if product.is_plain else None
+    return packed[0] if isinstance(packed, list) and len(packed) == 1 else None
 
 
 def _stack(products: list[AnybitLinear]) -> Stack | None:
@@ -334,12 +390,22 @@ def _(index: Tensor, key: int, columns: int, dtype: torch.dtype) -> Tensor:
     return index.new_empty((*index.shape, columns), dtype=dtype)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return _PRODUCTS[ctx.key].product.input_gradient(grad), None, None
+@torch.library.custom_op("anybit::input_gradient", mutates_args=())
+def _input_gradient(grad: Tensor, key: int, in_features: int) -> Tensor:
+    return _PRODUCTS[key].product.input_gradient(grad)
+
+
+@_input_gradient.register_fake
+def _(grad: Tensor, key: int, in_features: int) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # traced with fake tensors: the weight is real
+    return torch.ops.anybit.input_gradient(grad, ctx.key, ctx.in_features), None, None
 
 
 def _remember(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
-    ctx.key = inputs[1]
+    ctx.key, ctx.in_features = inputs[1], inputs[0].shape[-1]
 
 
 _product.register_autograd(_backward, setup_context=_remember)

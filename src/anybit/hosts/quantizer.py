@@ -19,6 +19,7 @@ from anybit.errors import DeviceProblem, Inconsistent
 from anybit.hosts import kv_cache
 from anybit.hosts.filling import Assignment, Filler, assign, demand_filled, wanted_dtype
 from anybit.hosts.plans import make_plan
+from anybit.hosts.shortening import shorten
 from anybit.platforms import detect
 
 
@@ -149,6 +150,9 @@ class AnybitQuantizer(HfQuantizer):
         self._demand_loaded(model)
         if self.kv_cache == "auto":
             kv_cache.install(model, self.checkpoint, self.filler.assignment.naming, self.filler.device_of)
+        devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+        if len(devices) == 1:  # else transformers moves what passes between blocks by hooks
+            shorten(model, self.filler.plan, devices.pop())
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,12 @@ from anybit.checkpoints.checkpoint import Checkpoint
 from anybit.checkpoints.online import Online, Quantization, online, quantizer
 from anybit.checkpoints.online_rules import Targets
 from anybit.errors import DeviceProblem, Unsupported
-from anybit.hosts import blocks
 from anybit.hosts import kv_cache as cache_quantization
 from anybit.hosts.building import build
-from anybit.hosts.chain import chain_steps
 from anybit.hosts.filling import Filler, Progress, assign, demand_filled
 from anybit.hosts.meter import Meter
 from anybit.hosts.plans import Written, make_plan
-from anybit.hosts.steps import run_small_steps_alone
+from anybit.hosts.shortening import shorten
 from anybit.planning.plan import Plan
 from anybit.platforms import Platform, detect
 
@@ -142,25 +139,10 @@ def _build_and_fill(
     unused = list(assignment.unused)
     if chosen.kv_cache is not None and chosen.kv_cache["is_executed"]:
         unused += cache_quantization.install(model, checkpoint, assignment.naming, lambda _: target)
-    if target.type == "cpu" and any(unit.choice.layout == "planes" for unit in chosen.units):
-        run_small_steps_alone(model)
-        if chosen.dtype == "float32" and not chosen.policy.batch_invariant:
-            chain_steps(model, blocks.shorten_steps(model))
     if target.type != "cpu":
         model.to(target)  # rotary tables and other buffers; the weights are there already
-        if not chosen.policy.batch_invariant:
-            _shorten_on_gpu(model, dtype)
+    shorten(model, chosen, target)
     return model, unused
-
-
-def _shorten_on_gpu(model: Any, dtype: torch.dtype) -> None:
-    """Decoder blocks of few kernels, where Triton is there to compile them."""
-    if find_spec("triton") is None:
-        return
-    from anybit.hosts import blocks_gpu
-
-    with torch.cuda.device(model.device):
-        blocks_gpu.shorten_steps(model, dtype)
 
 
 def _set_generation(model: Any, checkpoint: Checkpoint) -> None:

@@ -171,6 +171,10 @@ def roundings(rounds: str | None) -> int:
     return 0 if rounds is None else len(re.split(", | and ", rounds))
 
 
+# what a kernel says of sums that a matrix unit keeps to so many bits, whatever the dtypes are
+NARROW_ADDER: Final = "the matrix unit's own adder (about 13 bits)"
+
+
 def assumes_nothing(request: Request) -> str | None:
     """All that the kernel needs is known from headers."""
     return None

@@ -5,7 +5,9 @@ weight and the float32 value of the quantized activations. So, with |x||W| the p
 
     accumulation   2 (K + 2) 2^-24 |x||W|   float32 sums in any order; the factor 2 since matrix units may truncate, and
                                             one rounding each where a scale meets a weight or an activation
-    operands       r |x||W|                 for each thing that a kernel says that it rounds to a dtype of unit r
+    operands       r |x||W|                 for each thing that a kernel says that it rounds to a dtype of unit r;
+                                            r = 33 2^-13 for sums in a matrix unit's own adder, which takes 32 products
+                                            and the sum so far to 13 bits of the largest of them
     output         u |y|                    half a unit in the last place of the output's dtype
 
 The bound holds for each output. It grows with K although errors of random sign do not; so the error as a whole is held
@@ -25,7 +27,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from anybit.kernels.request import roundings
+from anybit.kernels.request import NARROW_ADDER, roundings
 from anybit.numerics.activations import RECIPES, quantize_dequantize
 from anybit.numerics.formats import number_format
 from anybit.schemes import Block, Placement, Scheme
@@ -37,6 +39,7 @@ __all__ = ["ROUNDING", "Clock", "Difference", "Oracle", "compare", "probes", "sa
 ROUNDING: Final = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # a float16 result below its normal range is rounded to a multiple of 2^-24
 _SMALLEST: Final = {torch.float32: 1e-37, torch.bfloat16: 1e-37, torch.float16: 2.0**-24}
+_ADDER: Final = 33 * 2.0**-13  # of |x||W|: what a narrow adder drops of 32 products and of the sum before them
 PROBE_TOKENS: Final = (1, 3, 17, 40, 65, 130, 300)  # each in another range of M that some kernel has tiles for
 SAMPLED_ROWS: Final = 1024  # rows of a large weight that are compared
 SAMPLED_TOKENS: Final = 512  # rows of x whose outputs are
@@ -239,7 +242,8 @@ class Oracle:
         typical = typical + (_RMS * unit * y.norm()) ** 2 + y.numel() * _SMALLEST[self._dtype] ** 2
         count = roundings(rounds)
         if count:
-            allowed = allowed + count * unit * self._magnitude
+            each = max(unit, _ADDER) if rounds is not None and NARROW_ADDER in rounds else unit
+            allowed = allowed + count * each * self._magnitude
             typical = typical + 2 * count * (_RMS * unit * self._squares) ** 2
         return allowed + (y.abs() + allowed) * unit + _SMALLEST[self._dtype], typical.sqrt()
 

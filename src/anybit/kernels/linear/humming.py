@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from anybit.kernels.linear.triton_planes import expands_exactly
-from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
+from anybit.kernels.request import NARROW_ADDER, KernelSpec, Reason, Request, Verdict, gather
 from anybit.kernels.triton.recipes import ARITHMETIC, can_fake_quantize, can_quantize
 from anybit.numerics.formats import number_format
 from anybit.platforms import Platform
@@ -339,7 +339,7 @@ def rounds(request: Request, platform: Platform) -> str:
     if first.block == CHANNEL:
         words = ["row scales", "partial sums", "their products", "sums of these"]
     elif _multiplies_codes(request.scheme):
-        words = ["sums of a group in the matrix unit's own adder (about 13 bits)", *words]
+        words = [f"sums of a group in {NARROW_ADDER}", *words]
         if first.format != request.dtype:
             words = ["scales", *words]
     elif not expands_exactly(request.scheme, request.dtype):

@@ -29,6 +29,7 @@ def hopper_case(case: CompileCase, form: Form, shape: tuple[int, int], tokens: i
                                  has_bias=case.constants["BIAS"])
     return replace(
         case, function=f"anybit.kernels.triton.planes_hopper:{config.kernel}", label=f"Gluon, {case.label}",
-        types={name: case.types[name] for name in _ARGUMENTS}, constants=constants, num_warps=config.warps, options={},
+        types={name: case.types[name] for name in _ARGUMENTS}, constants=constants, num_warps=config.warps,
+        options={"launch_pdl": True} if config.waits else {},
         num_stages=1, expects=("wgmma",), spills=_SPILLS,
     )

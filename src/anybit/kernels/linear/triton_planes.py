@@ -15,6 +15,7 @@ from typing import Any, Final
 from anybit.kernels.compiling import CompileCase
 from anybit.kernels.linear.triton_endings import finish_cases
 from anybit.kernels.linear.triton_experts import experts_case
+from anybit.kernels.linear.triton_gemm16_hopper import gemm16_cases
 from anybit.kernels.linear.triton_hopper import hopper_case
 from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.kernels.triton import planes_form, planes_launch
@@ -320,7 +321,7 @@ def _product_case(
     form = form_of(scheme, k)
     config = planes_launch.configure(form, n, k, tokens, arch)
     is_half = dtype == "float16"
-    waits = name in _QUANTIZED and planes_launch.overlaps(tokens, n, k, arch)
+    waits = planes_launch.waits(form, tokens, arch, is_quantized=name in _QUANTIZED)
     fixed: dict[str, Any] = planes_launch.product_constants(form, k, arch) | {
         "TERMS": planes_launch.terms_of(form, is_half=is_half), "BM": config.tokens, "BN": config.rows,
         "SPLIT": config.split > 1, "TOKENS": name in _QUANTIZED, "BIAS": True,
@@ -368,7 +369,7 @@ def fused_cases(arch: str) -> list[CompileCase]:
 
 
 def expand_cases(arch: str) -> list[CompileCase]:
-    """Decoding to memory."""
+    """Decoding to memory, and the product after it."""
     if not _claims(arch):
         return []
     cases = []
@@ -383,7 +384,7 @@ def expand_cases(arch: str) -> list[CompileCase]:
             "triton-expand", "anybit.kernels.triton.planes_kernels:expand_kernel", arch, f"{name} bfloat16", types,
             fixed, divisible=("start", "rows", "NP", "K", "KP", "z_stride"), num_stages=1,
         ))  # fmt: skip
-    return [*cases, *finish_cases("triton-expand", arch)]
+    return [*cases, *finish_cases("triton-expand", arch), *gemm16_cases("triton-expand", arch)]
 
 
 _IMPLEMENTATION: Final = "anybit.kernels.triton.planes:TritonPlanes"

@@ -17,7 +17,7 @@ from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.platforms import Platform
 from anybit.platforms.archs import ARCHS
 
-__all__ = ["LARGEST_M", "SPEC", "Config", "compile_cases", "configure"]
+__all__ = ["LARGEST_M", "SPEC", "Config", "compile_cases", "configure", "waits"]
 
 LARGEST_M: Final = 64
 NAME: Final = "triton-skinny"
@@ -53,6 +53,11 @@ def configure(n: int, k: int, m: int, arch: str) -> Config:
     while split > 1 and -(-blocks // split) * (split - 1) >= blocks:
         split -= 1  # no program without work
     return Config(bm, bn, bk, 4, stages, split)
+
+
+def waits(arch: str) -> bool:
+    """True where the product is launched while the kernel before it ends: measured on sm_90 alone."""
+    return arch == "sm_90"
 
 
 def can_implement(request: Request, platform: Platform) -> Verdict:
@@ -95,11 +100,12 @@ def compile_cases(arch: str) -> list[CompileCase]:
             types = {"x_ptr": pointer, "w_ptr": pointer, "bias_ptr": pointer, "out_ptr": pointer, "part_ptr": "*fp32",
                      "count_ptr": "*i32", "M": "i32", "N": "i32", "K": "i32", "stride": "i32"}
             constants = {"HAS_BIAS": True, "BM": config.bm, "BN": config.bn, "BK": config.bk, "SPLIT": config.split,
-                         "FUSED": not arch.startswith("gfx"), "EVEN_K": True}
+                         "FUSED": not arch.startswith("gfx"), "EVEN_K": True, "WAITS": waits(arch)}
             instruction = expected_instruction(arch, "float16", 16)
             cases.append(CompileCase(
                 NAME, "anybit.kernels.triton.skinny_jit:skinny_matmul", arch, f"{dtype} M={m}", types, constants,
                 divisible=("N", "K", "stride"), num_warps=config.warps, num_stages=config.stages,
+                options={"launch_pdl": True} if waits(arch) else {},
                 expects=(instruction.replace("f16", "b?f16"),),
             ))
     return [*cases, *sums_cases(NAME, arch)]

@@ -27,7 +27,7 @@ from anybit.kernels.linear.triton_w8a8_tiles import (
     operands,
     product_of,
 )
-from anybit.kernels.request import Execution, KernelSpec, Reason, Request, Verdict, gather, scale_bytes
+from anybit.kernels.request import NARROW_ADDER, Execution, KernelSpec, Reason, Request, Verdict, gather, scale_bytes
 from anybit.kernels.triton.recipes import can_quantize, statistic_of
 from anybit.platforms import Platform
 from anybit.platforms.archs import ARCHS
@@ -188,7 +188,7 @@ def fp8_rounds(request: Request, platform: Platform) -> str | None:
     given = operands(product, platform.arch) if product else None
     if given is None or not given.promote or product is None:
         return None
-    return f"sums of {column_block(product)} products in the matrix unit's own adder (about 13 bits)"
+    return f"sums of {column_block(product)} products in {NARROW_ADDER}"
 
 
 def _workspace(request: Request) -> int:

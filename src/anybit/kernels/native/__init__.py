@@ -18,7 +18,7 @@ __all__ = [
     "library", "why_missing",
 ]
 
-ABI: Final = 4  # ANYBIT_ABI of anybit_native.h
+ABI: Final = 5  # ANYBIT_ABI of anybit_native.h
 _FILES: Final = ("libanybit_native.so", "libanybit_native.dylib")
 
 
@@ -36,7 +36,7 @@ class ArrayStruct(ctypes.Structure):
 
     _fields_ = [
         ("data", c_void_p),
-        *((name, c_int64) for name in ("expert_stride", "row_stride", "row_block", "group")),
+        *((name, c_int64) for name in ("row_stride", "row_block", "group")),
         ("format", c_int32),
         ("negate", c_int32),
     ]
@@ -47,12 +47,11 @@ class WeightStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, c_int32) for name in ("abi", "size")),
-        *((name, c_int64) for name in ("experts", "rows", "cols")),
+        *((name, c_int64) for name in ("rows", "cols")),
         *((name, c_int32) for name in ("kind", "bits", "offset_kind", "divide", "bias", "is_signed")),
         ("minifloat", MinifloatStruct),
         ("table", ctypes.c_float * 16),
         ("plane", c_void_p * 3),
-        ("plane_expert_stride", c_int64 * 3),
         ("plane_row_stride", c_int64 * 3),
         *((name, ArrayStruct) for name in ("scale", "scale2", "offset", "offset2", "factor")),
     ]
@@ -103,9 +102,9 @@ class Library:
             "anybit_gemm_rows", c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64,
             c_int32, c_int32,
         )
-        self.linear_experts = declare(
-            "anybit_linear_experts", c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p,
-            c_int64, c_void_p, c_int32, c_int32,
+        self.linear_each = declare(
+            "anybit_linear_each", c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p,
+            c_int64, c_int32, c_int32,
         )  # fmt: skip
         self.decode_rows = declare(
             "anybit_decode_rows", c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int32, c_int32

@@ -1,6 +1,6 @@
 /* anybit's small CPU kernel: products with, and rows of, weights that stay packed.
  *
- * One struct describes a weight [experts, rows, cols]; the code knows containers (planes, tables, scale formats), not
+ * One struct describes a weight [rows, cols]; the code knows containers (planes, tables, scale formats), not
  * checkpoint dialects. A weight is formed in float32 exactly as the canonical form defines it, one rounding a step:
  *
  *     v = value(code)                       exact
@@ -26,7 +26,7 @@
 
 #include <stdint.h>
 
-#define ANYBIT_ABI 4
+#define ANYBIT_ABI 5
 
 /* Stored number formats: of scales and offsets, and (the first three) of x, y, bias and unquantized weights. */
 enum anybit_format {
@@ -64,25 +64,24 @@ typedef struct {
     float power;
 } anybit_minifloat;
 
-/* One array beside the codes. Entry of weight [e, n, k]: data + e * expert_stride + (n / row_block) * row_stride
- * + (k / group) elements; group 0 = one entry for the whole row. Strides are in bytes. data NULL = absent. Groups are
+/* One array beside the codes. Entry of weight [n, k]: data + (n / row_block) * row_stride + (k / group) elements; group 0 = one entry for the whole row. Strides are in bytes. data NULL = absent. Groups are
  * multiples of 16 columns. 64 bytes beyond the last entry must be readable: entries are converted 16 at a time. */
 typedef struct {
     const void *data;
-    int64_t expert_stride, row_stride, row_block, group;
+    int64_t row_stride, row_block, group;
     int32_t format;
     int32_t negate; /* the values are subtracted, not added (minima) */
 } anybit_array;
 
 typedef struct {
     int32_t abi, size; /* ANYBIT_ABI, sizeof(anybit_weight): both are checked */
-    int64_t experts, rows, cols;
+    int64_t rows, cols;
     int32_t kind, bits, offset_kind, divide; /* divide: s = scale1 / scale2 */
     int32_t bias, is_signed;
     anybit_minifloat minifloat;
     float table[16]; /* repeated to 16 entries below 4 bits */
     const void *plane[3];
-    int64_t plane_expert_stride[3], plane_row_stride[3];
+    int64_t plane_row_stride[3];
     anybit_array scale, scale2, offset, offset2, factor;
 } anybit_weight;
 
@@ -137,13 +136,13 @@ ANYBIT_API int32_t anybit_gemm_rows(const anybit_weight *w, const void *x, int64
                                     const void *bias, int64_t m, int64_t row_start, int64_t rows, int32_t types,
                                     int32_t threads);
 
-/* y[p, :] = W[expert_ids[p]] x[token_ids[p], :] + bias[expert_ids[p], :] for p < pairs; token_ids NULL: token p.
- * Neighbouring pairs of one expert share the decoded weights, so sort the pairs by expert. */
-ANYBIT_API int32_t anybit_linear_experts(const anybit_weight *w, const void *x, int64_t tokens, int64_t ldx,
-                                         const int32_t *expert_ids, const int32_t *token_ids, int64_t pairs, void *y,
-                                         int64_t ldy, const void *bias, int32_t types, int32_t threads);
+/* Products with several weights alike (kind, width, sizes, offsets), as experts are: y[p, :] = w[r] x[token_ids[p], :] +
+ * bias[r] for the pairs first[r] <= p < first[r + 1] of weight r < runs; token_ids NULL: token p; bias NULL: none. */
+ANYBIT_API int32_t anybit_linear_each(const anybit_weight *const *w, const void *const *bias, const int64_t *first,
+                                      int64_t runs, const void *x, int64_t tokens, int64_t ldx,
+                                      const int32_t *token_ids, void *y, int64_t ldy, int32_t types, int32_t threads);
 
-/* out[i, :] = W[row i] (reference weight, rounded to the format of out); rows of stacked experts are numbered through.
+/* out[i, :] = W[row i] (reference weight, rounded to the format of out).
  * Row i is row_indices[i], or start + i where row_indices is NULL. */
 ANYBIT_API int32_t anybit_decode_rows(const anybit_weight *w, const int64_t *row_indices, int64_t start, int64_t count,
                                       void *out, int64_t ldo, int32_t out_format, int32_t threads);

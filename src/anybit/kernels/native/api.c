@@ -70,7 +70,7 @@ static int usable(const anybit_array *a) {
 }
 
 int32_t anybit_check(const anybit_weight *w) {
-    if (w->abi != ANYBIT_ABI || w->size != (int32_t)sizeof *w || w->rows < 0 || w->cols < 0 || w->experts < 1)
+    if (w->abi != ANYBIT_ABI || w->size != (int32_t)sizeof *w || w->rows < 0 || w->cols < 0)
         return ANYBIT_BAD_WEIGHT;
     if (!usable(&w->scale) || !usable(&w->scale2) || !usable(&w->offset) || !usable(&w->offset2) || !usable(&w->factor))
         return ANYBIT_BAD_WEIGHT;
@@ -116,8 +116,8 @@ static int32_t float_rows(anybit_job *job, const void *x, int32_t format, int64_
 int32_t anybit_linear(const anybit_weight *w, const void *x, int64_t ldx, void *y, int64_t ldy, const void *bias,
                       int64_t m, int32_t types, int32_t threads) {
     if (m <= 0 || w->rows == 0) return ANYBIT_OK;
-    const anybit_run all = {0, 0, m};
-    anybit_job job = {.w = w, .y = y, .ldy = ldy, .bias = bias, .runs = &all, .rows = w->rows};
+    const anybit_run all = {w, bias, 0, m};
+    anybit_job job = {.w = w, .y = y, .ldy = ldy, .runs = &all, .rows = w->rows};
     job.y_format = types >> 4 & 15;
     job.bias_format = types >> 8 & 15;
     float small[SMALL], *owned;
@@ -166,37 +166,41 @@ int32_t anybit_gemm_rows(const anybit_weight *w, const void *x, int64_t ldx, voi
     return ANYBIT_OK;
 }
 
-int32_t anybit_linear_experts(const anybit_weight *w, const void *x, int64_t tokens, int64_t ldx,
-                              const int32_t *expert_ids, const int32_t *token_ids, int64_t pairs, void *y, int64_t ldy,
-                              const void *bias, int32_t types, int32_t threads) {
-    if (pairs <= 0 || w->rows == 0) return ANYBIT_OK;
-    for (int64_t p = 0; p < pairs; p++) {
+static int is_like(const anybit_weight *a, const anybit_weight *b) {
+    return a->kind == b->kind && a->bits == b->bits && a->offset_kind == b->offset_kind && a->rows == b->rows &&
+           a->cols == b->cols;
+}
+
+int32_t anybit_linear_each(const anybit_weight *const *w, const void *const *bias, const int64_t *first, int64_t runs,
+                           const void *x, int64_t tokens, int64_t ldx, const int32_t *token_ids, void *y, int64_t ldy,
+                           int32_t types, int32_t threads) {
+    if (runs <= 0 || w[0]->rows == 0) return ANYBIT_OK;
+    anybit_run some[64], *all = some;
+    if (runs > 64 && !(all = malloc((size_t)runs * sizeof *all))) return ANYBIT_NO_MEMORY;
+    int32_t wrong = ANYBIT_OK;
+    for (int64_t r = 0; r < runs; r++) {
+        all[r] = (anybit_run){w[r], bias ? bias[r] : NULL, first[r], first[r + 1] - first[r]};
+        if (!is_like(w[r], w[0])) wrong = ANYBIT_BAD_WEIGHT;
+        if (all[r].first < 0 || all[r].count < 0) wrong = ANYBIT_BAD_INDEX;
+    }
+    for (int64_t p = first[0]; !wrong && p < first[runs]; p++) {
         const int64_t token = token_ids ? token_ids[p] : p;
-        if (expert_ids[p] < 0 || expert_ids[p] >= w->experts || token < 0 || token >= tokens) return ANYBIT_BAD_INDEX;
+        if (token < 0 || token >= tokens) wrong = ANYBIT_BAD_INDEX;
     }
-    anybit_run some[64], *runs = some;
-    if (pairs > 64 && !(runs = malloc((size_t)pairs * sizeof *runs))) return ANYBIT_NO_MEMORY;
-    int64_t count = 0;
-    for (int64_t p = 0; p < pairs; p++) {
-        if (p && expert_ids[p] == expert_ids[p - 1])
-            runs[count - 1].count++;
-        else
-            runs[count++] = (anybit_run){expert_ids[p], p, 1};
-    }
-    anybit_job job = {.w = w, .tokens = token_ids, .y = y, .ldy = ldy, .bias = bias, .runs = runs, .rows = w->rows};
+    anybit_job job = {.w = w[0], .tokens = token_ids, .y = y, .ldy = ldy, .runs = all, .rows = w[0]->rows};
     job.y_format = types >> 4 & 15;
     job.bias_format = types >> 8 & 15;
-    float small[SMALL], *owned;
-    const int32_t wrong = float_rows(&job, x, types & 15, ldx, tokens, small, SMALL, &owned);
-    if (!wrong) run(&job, engine()->linear, count, count * w->rows * row_bytes(w), threads);
-    if (!wrong) free(owned);
-    if (runs != some) free(runs);
+    float small[SMALL], *owned = NULL;
+    if (!wrong) wrong = float_rows(&job, x, types & 15, ldx, tokens, small, SMALL, &owned);
+    if (!wrong) run(&job, engine()->linear, runs, runs * w[0]->rows * row_bytes(w[0]), threads);
+    free(owned);
+    if (all != some) free(all);
     return wrong;
 }
 
 int32_t anybit_decode_rows(const anybit_weight *w, const int64_t *row_indices, int64_t start, int64_t count, void *out,
                            int64_t ldo, int32_t out_format, int32_t threads) {
-    const int64_t rows = w->rows * w->experts;
+    const int64_t rows = w->rows;
     if (count <= 0) return ANYBIT_OK;
     if (!row_indices && (start < 0 || start + count > rows)) return ANYBIT_BAD_INDEX;
     for (int64_t i = 0; row_indices && i < count; i++)

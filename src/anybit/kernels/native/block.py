@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from anybit.kernels.native import ABI, BlockStruct, ProductStruct, library
-from anybit.kernels.native.planes import Planes, threads
+from anybit.kernels.native.planes import FORMATS, Planes, threads
 
 __all__ = ["Block", "BlockParts", "Caches", "Chain", "release_scratch"]
 
 _LANES = 32  # a head's dimension must be a multiple, for many tokens
 _MOST_DIM = 256
 _shared = threading.local()  # the scratch of many tokens, and of a chain's step: one for all that a thread runs
-_FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum anybit_format
 
 
 @dataclass(frozen=True)
@@ -177,5 +176,5 @@ def _product(parts: Sequence[Planes]) -> ProductStruct:
         made.part[i] = planes.address
         if planes.bias is not None:
             made.bias[i] = planes.bias.data_ptr()
-            made.bias_format[i] = _FORMATS[planes.bias.dtype]
+            made.bias_format[i] = FORMATS[planes.bias.dtype]
     return made

@@ -400,8 +400,8 @@ static void expand_tail(const anybit_weight *w, const instance *f, const pieces 
 
 /* Products of four rows with `tokens` rows of x (arranged where `f` wants it); `tails` holds the x of the partial block,
  * padded. */
-static void products(const anybit_weight *w, const instance *f, int64_t expert, const int64_t *rows,
-                     const float *const *x, const float (*tails)[BLOCK], int64_t tokens, float (*sums)[ROWS]) {
+static void products(const anybit_weight *w, const instance *f, const int64_t *rows, const float *const *x,
+                     const float (*tails)[BLOCK], int64_t tokens, float (*sums)[ROWS]) {
     const int64_t whole = w->cols & ~(int64_t)(BLOCK - 1), rest = w->cols - whole;
     const int64_t most = tokens == 1 ? PIECE : MANY_PIECE;
     pieces p;
@@ -409,14 +409,14 @@ static void products(const anybit_weight *w, const instance *f, int64_t expert, 
     memset(sums, 0, (size_t)tokens * sizeof *sums);
     for (int64_t from = 0; from < whole; from += most) {
         const int64_t columns = whole - from < most ? whole - from : most;
-        fetch(w, expert, rows, ROWS, from, columns, f->unit, 1, &p);
+        fetch(w, rows, ROWS, from, columns, f->unit, 1, &p);
         for (int64_t t = 0, step; t < tokens; t += step) {
             step = tokens - t < 2 ? 1 : tokens - t < MOST_TOKENS ? 2 : MOST_TOKENS;
             f->dot[step / 2](w, &p, columns / BLOCK, x + t, from, sums + t);
         }
     }
     if (!rest) return;
-    fetch(w, expert, rows, ROWS, whole, rest, f->unit, 0, &p);
+    fetch(w, rows, ROWS, whole, rest, f->unit, 0, &p);
     for (int r = 0; r < ROWS; r++) {
         float weights[BLOCK];
         expand_tail(w, f, &p, r, 0, rest, weights);
@@ -430,31 +430,28 @@ static void products(const anybit_weight *w, const instance *f, int64_t expert, 
 
 /* ---- what a thread does --------------------------------------------------------------------------------------- */
 
-static float row_factor(const anybit_weight *w, int64_t expert, int64_t row) {
+static float row_factor(const anybit_weight *w, int64_t row) {
     const anybit_array *a = &w->factor;
-    const int64_t at = expert * a->expert_stride + row / a->row_block * a->row_stride;
-    return one_number(a->format, (const uint8_t *)a->data + at);
+    return one_number(a->format, (const uint8_t *)a->data + row / a->row_block * a->row_stride);
 }
 
 /* The factor of a row, its bias, and the store. */
-INLINE void finish(const anybit_job *job, int64_t expert, int64_t row, int64_t pair, float sum) {
-    const anybit_weight *w = job->w;
-    if (w->factor.data) sum *= row_factor(w, expert, row);
-    if (job->bias) {
-        const int64_t at = expert * w->rows + row;
-        sum += one_number(job->bias_format, (const uint8_t *)job->bias + at * format_bytes[job->bias_format]);
-    }
+INLINE void finish(const anybit_job *job, const anybit_run *run, int64_t row, int64_t pair, float sum) {
+    const anybit_weight *w = run->w;
+    if (w->factor.data) sum *= row_factor(w, row);
+    if (run->bias)
+        sum += one_number(job->bias_format, (const uint8_t *)run->bias + row * format_bytes[job->bias_format]);
     put(job->y, job->y_format, pair * job->ldy + row, sum);
 }
 
 static void linear(void *shared) {
     anybit_job *job = shared;
-    const anybit_weight *w = job->w;
+    const anybit_weight *w = NULL;
     instance f;
-    make_ready(w, &f);
-    const int64_t whole = w->cols & ~(int64_t)(BLOCK - 1), rest = w->cols - whole;
+    const int64_t cols = job->w->cols, whole = cols & ~(int64_t)(BLOCK - 1), rest = cols - whole;
     for (int64_t item; (item = atomic_fetch_add_explicit(&job->next, 1, memory_order_relaxed)) < job->items;) {
         const anybit_run *run = job->runs + item / job->items_per_run;
+        if (run->w != w) make_ready(w = run->w, &f);
         const int64_t from = item % job->items_per_run * job->rows_per_item;
         const int64_t to = from + job->rows_per_item < job->rows ? from + job->rows_per_item : job->rows;
         for (int64_t done = 0; done < run->count; done += TOKENS) {
@@ -473,9 +470,9 @@ static void linear(void *shared) {
                 float sums[TOKENS][ROWS];
                 int64_t rows[ROWS]; /* beyond the last row: that row again, not used */
                 for (int r = 0; r < ROWS; r++) rows[r] = row + r < to ? row + r : to - 1;
-                products(w, &f, run->expert, rows, x, (const float(*)[BLOCK])tails, tokens, sums);
+                products(w, &f, rows, x, (const float(*)[BLOCK])tails, tokens, sums);
                 for (int64_t r = 0; r < ROWS && row + r < to; r++)
-                    for (int64_t t = 0; t < tokens; t++) finish(job, run->expert, row + r, first + t, sums[t][r]);
+                    for (int64_t t = 0; t < tokens; t++) finish(job, run, row + r, first + t, sums[t][r]);
             }
         }
     }
@@ -489,15 +486,14 @@ static void arrange_rows(const anybit_job *job, int64_t rows, float *to) {
 
 static void decode_row(const anybit_job *job, const instance *f, int64_t index, int64_t at) {
     const anybit_weight *w = job->w;
-    const int64_t expert = index / w->rows, row = index % w->rows;
-    const float factor = w->factor.data ? row_factor(w, expert, row) : 1.0f;
+    const float factor = w->factor.data ? row_factor(w, index) : 1.0f;
     float buffer[PIECE];
     pieces p;
     p.all = &f->all;
     for (int64_t from = 0; from < w->cols; from += PIECE) {
         const int64_t columns = w->cols - from < PIECE ? w->cols - from : PIECE, blocks = columns / BLOCK;
         const int64_t rest = columns % BLOCK;
-        fetch(w, expert, &row, 1, from, columns, f->unit, 0, &p);
+        fetch(w, &index, 1, from, columns, f->unit, 0, &p);
         f->expand(w, &p, 0, 0, blocks, buffer);
         if (rest) expand_tail(w, f, &p, 0, blocks, rest, buffer + blocks * BLOCK);
         if (w->factor.data)

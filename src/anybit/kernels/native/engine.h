@@ -6,22 +6,23 @@
 
 #include <stdatomic.h>
 
-/* A run of pairs (x row, y row) that use one expert; a plain product is one run. */
+/* A run of pairs (x row, y row) that use one weight; a plain product is one run. */
 typedef struct {
-    int64_t expert, first, count;
+    const anybit_weight *w;
+    const void *bias;
+    int64_t first, count;
 } anybit_run;
 
 /* What all threads of one call share. Work is handed out in items (a run and a range of rows) by an atomic counter:
  * on a busy machine threads do not finish equal shares at the same time. */
 typedef struct {
-    const anybit_weight *w;
-    const float *x; /* float32 rows */
+    const anybit_weight *w; /* of a decode, or like those of all runs */
+    const float *x;         /* float32 rows */
     int64_t ldx, ldarranged;
     const float *arranged; /* the same rows in the order that the weight is read in; NULL: as they are */
     const int32_t *tokens; /* x row of a pair; NULL: the pair's own number */
     void *y;
     int64_t ldy;
-    const void *bias;
     int32_t y_format, bias_format;
     const anybit_run *runs;
     const int64_t *row_indices; /* decode */

@@ -90,7 +90,7 @@ static void decode_piece(const anybit_weight *w, const instance *f, int64_t row,
     for (int64_t r = 0; r < GEMM_ROWS; r += ROWS) {
         int64_t some[ROWS];
         for (int i = 0; i < ROWS; i++) some[i] = row + (r + i < rows ? r + i : rows - 1);
-        fetch(w, 0, some, ROWS, from, columns, f->unit, 0, &p);
+        fetch(w, some, ROWS, from, columns, f->unit, 0, &p);
         for (int i = 0; i < ROWS && r + i < GEMM_ROWS; i++) {
             float *out = buffer + (r + i) * GEMM_APART;
             f->expand(w, &p, i, 0, blocks, out);
@@ -104,7 +104,7 @@ static void put_tile(const anybit_gemm *job, int64_t row, int64_t rows, int64_t 
     float bias[GEMM_ROWS];
     for (int64_t r = 0; r < rows; r++) {
         if (job->w->factor.data) {
-            const float factor = row_factor(job->w, 0, row + r);
+            const float factor = row_factor(job->w, row + r);
             for (int64_t t = 0; t < end; t++) sums[r][t] *= factor;
         }
         if (job->bias)

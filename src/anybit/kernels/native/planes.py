@@ -34,17 +34,17 @@ from anybit.numerics.packing import PackedCodes
 from anybit.schemes import Offset, ScaleLevel, Scheme
 from anybit.weights import Dense, QuantizedWeight, scale_values
 
-__all__ = ["Planes", "from_weight", "keep_threads", "pack_planes", "threads"]
+__all__ = ["FORMATS", "Planes", "from_weight", "keep_threads", "pack_planes", "threads"]
 
 RUN: Final = 32  # codes that share bytes
 _SLACK: Final = 64  # bytes that must be readable beyond scales and offsets
 _MOST_BIAS: Final = 128  # code - bias must be exact in bfloat16, as tables of codes hold it
 _CHUNK: Final = 1 << 22  # codes packed at once: bounds the temporaries
-_FORMATS: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum anybit_format
+FORMATS: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum anybit_format
 
 
 class Planes:
-    """One weight [N, K], or stacked experts [E, N, K], ready for the kernel; with its bias [N] or [E, N].
+    """One weight [N, K] ready for the kernel; with its bias [N].
 
     nbytes   bytes held, all planes, scales, offsets and the bias
     buffers  the tensors whose addresses the kernel has; they must stay where they are
@@ -62,7 +62,7 @@ class Planes:
     ) -> None:
         """Take planes that `pack_planes` made (or that a file holds in that order) and canonical scales and offsets.
 
-        planes  [.., N, bytes of a row] uint8 each; for an unquantized weight the tensor [.., N, K] itself
+        planes  [N, bytes of a row] uint8 each; for an unquantized weight the tensor [N, K] itself
         scales, offset, offset_scales  as in QuantizedWeight
         Raises ValueError if the kernel cannot run the scheme, RuntimeError without the library.
         """
@@ -74,12 +74,12 @@ class Planes:
         if reasons or element is None:
             raise ValueError(f"the compiled CPU kernel cannot run {scheme}: {'; '.join(reasons)}")
         self.scheme, self.shape = scheme, shape
-        self.rows, self.cols = shape[-2:]
+        self.rows, self.cols = shape
         self.bias = bias
         self.buffers: list[Tensor] = []
         self._struct = struct = WeightStruct(
-            abi=ABI, size=ctypes.sizeof(WeightStruct), experts=shape[0] if len(shape) == 3 else 1, rows=self.rows,
-            cols=self.cols, kind=element.kind, bits=element.bits, bias=element.bias, is_signed=element.is_signed,
+            abi=ABI, size=ctypes.sizeof(WeightStruct), rows=self.rows, cols=self.cols,
+            kind=element.kind, bits=element.bits, bias=element.bias, is_signed=element.is_signed,
             minifloat=MinifloatStruct(*element.minifloat), table=element.values or (0.0,) * 16,
         )  # fmt: skip
         self._point_at_planes(element, planes)
@@ -93,10 +93,9 @@ class Planes:
         if bias is not None:
             self.bias = held[-1]
         self._bias = self.bias.data_ptr() if self.bias is not None else None
-        self._bias_type = _FORMATS[self.bias.dtype] << 8 if self.bias is not None else 0
+        self._bias_type = FORMATS[self.bias.dtype] << 8 if self.bias is not None else 0
         self._address = ctypes.addressof(struct)
-        self._linear, self._linear_experts, self._decode = native.linear, native.linear_experts, native.decode_rows
-        self._gemm = native.gemm_rows
+        self._linear, self._gemm, self._decode = native.linear, native.gemm_rows, native.decode_rows
 
     def _point_at_planes(self, element: Code, planes: Sequence[Tensor]) -> None:
         widths = (element.bits,) if element.kind == FLOAT else plane_bits(element.bits)
@@ -109,8 +108,6 @@ class Planes:
             self.buffers.append(plane)
             self._struct.plane[i] = plane.data_ptr()
             self._struct.plane_row_stride[i] = plane.stride(-2) * plane.element_size()
-            if plane.dim() == 3:
-                self._struct.plane_expert_stride[i] = plane.stride(0) * plane.element_size()
 
     def _point_at_scales(self, scales: Sequence[Tensor]) -> None:
         levels = self.scheme.scales
@@ -176,9 +173,20 @@ class Planes:
         row_bytes = values.shape[-1] * values.element_size()
         return ArrayStruct(
             data=buffer.data_ptr(), format=stored, row_stride=row_bytes if values.shape[-2] > 1 else 0,
-            expert_stride=row_bytes * values.shape[-2] if values.dim() == 3 and values.shape[0] > 1 else 0,
             row_block=row_block or max(self.rows, 1), group=0 if values.shape[-1] == 1 else group,
         )  # fmt: skip
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What weights have in common that one call can multiply with: `anybit_linear_each`."""
+        struct = self._struct
+        return (struct.kind, struct.bits, struct.offset_kind, self.rows, self.cols, self._bias_type,
+                self.bias is None)
+
+    @property
+    def bias_type(self) -> int:
+        """The format of the bias, as calls are told it."""
+        return self._bias_type
 
     @property
     def address(self) -> int:
@@ -200,9 +208,9 @@ class Planes:
             rows, stride = flat.shape[0], flat.stride(0)
         if out is None:
             out = torch.empty((*x.shape[:-1], self.rows), dtype=x.dtype)
-        if x.shape[-1] != cols or not out.is_contiguous() or out.numel() != rows * self.rows or len(self.shape) == 3:
+        if x.shape[-1] != cols or not out.is_contiguous() or out.numel() != rows * self.rows:
             raise ValueError(f"x {tuple(x.shape)}, out {tuple(out.shape)} for a weight {self.shape}")
-        types = _FORMATS[x.dtype] | _FORMATS[out.dtype] << 4 | self._bias_type
+        types = FORMATS[x.dtype] | FORMATS[out.dtype] << 4 | self._bias_type
         wrong = self._linear(
             self._address, flat.data_ptr(), stride, out.data_ptr(), self.rows, self._bias, rows, types,
             threads(),
@@ -219,7 +227,7 @@ class Planes:
         flat = x if x.stride(1) == 1 else x.contiguous()
         if x.dim() != 2 or x.shape[1] != self.cols or out.shape != (x.shape[0], count) or out.stride(1) != 1:
             raise ValueError(f"x {tuple(x.shape)}, out {tuple(out.shape)} for {count} rows of a weight {self.shape}")
-        types = _FORMATS[x.dtype] | _FORMATS[out.dtype] << 4 | self._bias_type
+        types = FORMATS[x.dtype] | FORMATS[out.dtype] << 4 | self._bias_type
         wrong = self._gemm(
             self._address, flat.data_ptr(), flat.stride(0), out.data_ptr(), out.stride(0), self._bias, flat.shape[0],
             first, count, types, threads(),
@@ -230,43 +238,9 @@ class Planes:
             raise MemoryError("no memory for a packed copy of x")
         return out
 
-    def linear_experts(
-        self, x: Tensor, expert_ids: Tensor, token_ids: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
-        """One product for each pair (expert, token): x [M, K], both ids [P] -> [P, N]; token_ids None: token p.
-
-        Sorted by expert, neighbouring pairs share the decoded weights.
-        """
-        flat = x if x.stride(-1) == 1 else x.contiguous()
-        expert_ids = expert_ids.to(torch.int32).contiguous()
-        pairs = expert_ids.numel()
-        tokens = None
-        if token_ids is not None:
-            token_ids = token_ids.to(torch.int32).contiguous()
-            tokens = token_ids.data_ptr()
-        if out is None:
-            out = torch.empty((pairs, self.rows), dtype=x.dtype)
-        if x.dim() != 2 or x.shape[1] != self.cols or not out.is_contiguous() or out.shape != (pairs, self.rows):
-            raise ValueError(f"x {tuple(x.shape)}, out {tuple(out.shape)} for experts {self.shape}")
-        if token_ids is not None and token_ids.numel() != pairs:
-            raise ValueError(f"{token_ids.numel()} tokens for {pairs} experts")
-        types = _FORMATS[x.dtype] | _FORMATS[out.dtype] << 4 | self._bias_type
-        wrong = self._linear_experts(
-            self._address, flat.data_ptr(), flat.shape[0], flat.stride(0), expert_ids.data_ptr(), tokens, pairs,
-            out.data_ptr(), self.rows, self._bias, types, threads(),
-        )  # fmt: skip
-        if wrong == 2:
-            raise IndexError("an expert or token id out of range")
-        if wrong:
-            raise MemoryError("no memory for a float32 copy of x")
-        return out
-
     def decode(self, start: int = 0, count: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The reference weight's rows [start, start + count) (all without `count`), [count, K].
-
-        Rows of stacked experts are numbered through: expert e begins at e * N.
-        """
-        count = self._struct.experts * self.rows - start if count is None else count
+        """The reference weight's rows [start, start + count) (all without `count`), [count, K]."""
+        count = self.rows - start if count is None else count
         return self.decode_into(torch.empty((count, self.cols), dtype=dtype), start)
 
     def decode_into(self, out: Tensor, start: int = 0) -> Tensor:
@@ -284,10 +258,10 @@ class Planes:
             raise ValueError(f"out {tuple(out.shape)} for rows of {self.cols}")
         wrong = self._decode(
             self._address, None if indices is None else indices.data_ptr(), start, out.shape[0], out.data_ptr(),
-            out.stride(0), _FORMATS[out.dtype], threads(),
+            out.stride(0), FORMATS[out.dtype], threads(),
         )  # fmt: skip
         if wrong:
-            raise IndexError(f"rows beyond the {self._struct.experts * self.rows} there are")
+            raise IndexError(f"rows beyond the {self.rows} there are")
         return out
 
 

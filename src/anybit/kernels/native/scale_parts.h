@@ -33,12 +33,12 @@ INLINE void prefetch(const uint8_t *const *from, int rows, int64_t stride, int64
 }
 
 /* The entries of array `a` for the units of columns [from, from + columns) of some rows, spread to the units. */
-static void units_of(const anybit_array *a, int64_t expert, const int64_t *row, int rows, int64_t from, int64_t columns,
+static void units_of(const anybit_array *a, const int64_t *row, int rows, int64_t from, int64_t columns,
                      int unit, float (*out)[UNITS]) {
     const int64_t group = a->group, size = format_bytes[a->format], count = units_in(columns, unit);
     const int64_t first = group == 0 || from == 0 ? 0 : (int64_t)((uint64_t)from / (uint64_t)group);
     const int64_t ratio = group >> (unit == 16 ? 4 : 5);
-    const uint8_t *base = (const uint8_t *)a->data + expert * a->expert_stride + first * size, *start[ROWS];
+    const uint8_t *base = (const uint8_t *)a->data + first * size, *start[ROWS];
     for (int r = 0; r < rows; r++)
         start[r] = base + (a->row_block == 1 ? row[r] : row[r] / a->row_block) * a->row_stride;
     if (group == unit && a->format == ANYBIT_F16 && rows == ROWS) { /* the same as below, most common */
@@ -82,15 +82,15 @@ static void units_of(const anybit_array *a, int64_t expert, const int64_t *row, 
 }
 
 /* Scales of two levels as K-quants have them, a byte for each unit times a float16 for several: one pass; 0 for others. */
-static int multiplied_units(const anybit_array *a, const anybit_array *b, int64_t expert, const int64_t *row, int rows,
+static int multiplied_units(const anybit_array *a, const anybit_array *b, const int64_t *row, int rows,
                             int64_t from, int64_t columns, int unit, float (*out)[UNITS]) {
     const int is_byte = a->format == ANYBIT_U8 || a->format == ANYBIT_I8;
     const int64_t ratio = b->group / unit, count = units_in(columns, unit);
     if (!is_byte || b->format != ANYBIT_F16 || a->group != unit || a->row_block != 1 || b->row_block != 1) return 0;
     if (b->group % unit || (ratio != 8 && ratio != 16) || (from && from % b->group)) return 0;
     const int shift = ratio == 8 ? 3 : 4;
-    const int64_t fine_from = expert * a->expert_stride + (from ? from / unit : 0);
-    const int64_t coarse_from = expert * b->expert_stride + (from ? from / b->group : 0) * 2;
+    const int64_t fine_from = from ? from / unit : 0;
+    const int64_t coarse_from = from ? from / b->group * 2 : 0;
     for (int r = 0; r < rows; r++) {
         const uint8_t *fine = (const uint8_t *)a->data + fine_from + row[r] * a->row_stride;
         const uint8_t *coarse = (const uint8_t *)b->data + coarse_from + row[r] * b->row_stride;
@@ -109,14 +109,14 @@ static int multiplied_units(const anybit_array *a, const anybit_array *b, int64_
 }
 
 /* The same left to the product of codes in runs of 256 columns; 0 for others. */
-static int fine_and_coarse(const anybit_array *a, const anybit_array *b, int64_t expert, const int64_t *row, int rows,
+static int fine_and_coarse(const anybit_array *a, const anybit_array *b, const int64_t *row, int rows,
                            int64_t from, int64_t columns, two_levels *to) {
     if ((a->format != ANYBIT_U8 && a->format != ANYBIT_I8) || b->format != ANYBIT_F16 || a->group != 16) return 0;
     if (b->group != 256 || a->row_block != 1 || b->row_block != 1 || from % 256) return 0;
     for (int r = 0; r < rows; r++) {
-        const uint8_t *fine = (const uint8_t *)a->data + expert * a->expert_stride + row[r] * a->row_stride + from / 16;
+        const uint8_t *fine = (const uint8_t *)a->data + row[r] * a->row_stride + from / 16;
         const uint8_t *coarse =
-            (const uint8_t *)b->data + expert * b->expert_stride + row[r] * b->row_stride + from / 256 * 2;
+            (const uint8_t *)b->data + row[r] * b->row_stride + from / 256 * 2;
         convert(ANYBIT_F16, coarse, (columns + 255) / 256, to->coarse[r]);
         for (int64_t i = 0; a->negate && i < (columns + 255) / 256; i++) to->coarse[r][i] = -to->coarse[r][i];
         __builtin_prefetch(coarse + AHEAD);
@@ -127,7 +127,7 @@ static int fine_and_coarse(const anybit_array *a, const anybit_array *b, int64_t
 }
 
 /* Scales as they are stored, an entry a group: 0 where groups do not fit into runs of lanes. */
-static int stored_entries(const anybit_array *a, int64_t expert, const int64_t *row, int rows, int64_t from,
+static int stored_entries(const anybit_array *a, const int64_t *row, int rows, int64_t from,
                           int64_t columns, int *shift, float (*out)[UNITS]) {
     const int64_t group = a->group;
     if (group < 32 || (group & (group - 1)) || from & (group - 1) || a->row_block != 1) return 0;
@@ -135,14 +135,14 @@ static int stored_entries(const anybit_array *a, int64_t expert, const int64_t *
     const int64_t count = (columns + group - 1) >> *shift, first = from >> *shift, size = format_bytes[a->format];
     const uint8_t *start[ROWS];
     for (int r = 0; r < rows; r++)
-        start[r] = (const uint8_t *)a->data + expert * a->expert_stride + row[r] * a->row_stride + first * size;
+        start[r] = (const uint8_t *)a->data + row[r] * a->row_stride + first * size;
     prefetch(start, rows, a->row_stride, count * size);
     convert_rows(a->format, start, rows, count, out);
     return 1;
 }
 
 /* Everything but the codes and the look-up tables: reads the scales and offsets of the piece and points at its codes. */
-static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, int rows, int64_t from, int64_t columns,
+static void fetch(const anybit_weight *w, const int64_t *row, int rows, int64_t from, int64_t columns,
                   int unit, const int is_dot, pieces *p) {
     p->scale_shift = unit == 16 ? 4 : 5;
     p->scales.fine[0] = p->offsets.fine[0] = NULL;
@@ -150,7 +150,7 @@ static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, in
     const int64_t count = units_in(columns, unit);
     for (int i = 0; i < 3 && w->plane[i]; i++) {
         const int64_t block = w->kind == ANYBIT_FLOAT ? (w->bits == 32 ? 128 : 64) : bytes_of_plane[w->bits][i];
-        const uint8_t *base = (const uint8_t *)w->plane[i] + expert * w->plane_expert_stride[i] + (from >> 5) * block;
+        const uint8_t *base = (const uint8_t *)w->plane[i] + (from >> 5) * block;
         const uint8_t *start[ROWS];
         for (int r = 0; r < rows; r++) p->plane[r][i] = start[r] = base + row[r] * w->plane_row_stride[i];
         p->ahead[i] = ROWS * w->plane_row_stride[i] > AHEAD ? ROWS * w->plane_row_stride[i] : AHEAD;
@@ -160,18 +160,18 @@ static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, in
     float second[ROWS][UNITS];
     const int is_plain = w->scale2.data && !w->divide && !w->scale.negate;
     int is_done = is_plain && is_dot && reads_by_units(w) &&
-                  fine_and_coarse(&w->scale, &w->scale2, expert, row, rows, from, columns, &p->scales);
+                  fine_and_coarse(&w->scale, &w->scale2, row, rows, from, columns, &p->scales);
     if (is_plain && !is_done)
-        is_done = multiplied_units(&w->scale, &w->scale2, expert, row, rows, from, columns, unit, p->scale);
+        is_done = multiplied_units(&w->scale, &w->scale2, row, rows, from, columns, unit, p->scale);
     if (is_dot && w->scale.data && !w->scale2.data && arranged_size(w))
-        is_done = stored_entries(&w->scale, expert, row, rows, from, columns, &p->scale_shift, p->scale);
+        is_done = stored_entries(&w->scale, row, rows, from, columns, &p->scale_shift, p->scale);
     if (!is_done && w->scale.data)
-        units_of(&w->scale, expert, row, rows, from, columns, unit, p->scale);
+        units_of(&w->scale, row, rows, from, columns, unit, p->scale);
     else if (!is_done)
         for (int r = 0; r < rows; r++)
             for (int64_t i = 0; i < count; i += WIDTH) store(p->scale[r] + i, splat(1.0f));
     if (w->scale2.data && !is_done) {
-        units_of(&w->scale2, expert, row, rows, from, columns, unit, second);
+        units_of(&w->scale2, row, rows, from, columns, unit, second);
         for (int r = 0; r < rows; r++)
             for (int64_t i = 0; i < count; i += WIDTH) {
                 const vec s = load(p->scale[r] + i), t = load(second[r] + i);
@@ -180,14 +180,14 @@ static void fetch(const anybit_weight *w, int64_t expert, const int64_t *row, in
     }
     if (!w->offset.data) return;
     if (w->offset2.data && is_dot && reads_by_units(w) &&
-        fine_and_coarse(&w->offset, &w->offset2, expert, row, rows, from, columns, &p->offsets))
+        fine_and_coarse(&w->offset, &w->offset2, row, rows, from, columns, &p->offsets))
         return;
     if (w->offset2.data &&
-        multiplied_units(&w->offset, &w->offset2, expert, row, rows, from, columns, unit, p->offset))
+        multiplied_units(&w->offset, &w->offset2, row, rows, from, columns, unit, p->offset))
         return;
-    units_of(&w->offset, expert, row, rows, from, columns, unit, p->offset);
+    units_of(&w->offset, row, rows, from, columns, unit, p->offset);
     if (w->offset2.data) {
-        units_of(&w->offset2, expert, row, rows, from, columns, unit, second);
+        units_of(&w->offset2, row, rows, from, columns, unit, second);
         for (int r = 0; r < rows; r++)
             for (int64_t i = 0; i < count; i += WIDTH) {
                 const vec o = mul(load(p->offset[r] + i), load(second[r] + i));

@@ -22,6 +22,7 @@ from anybit.kernels.triton.block_launch import (
     input_constants,
     is_made_in_passing,
     norm_launch,
+    overlapping,
 )
 from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.launching import Argument, Launch, Piece, Zeros, remember, stream_of
@@ -134,13 +135,15 @@ class Norm:
         made = wanted.made(x, weight)
         tile = norm_launch(None if wanted.quantizer is None else wanted.quantizer.spec, k)
         has_delta = delta is not None
+        waits, overlap = overlapping(arch_of(x.device))
         return Launch(
             jit.norm_rows,
             [x.dtype, x.dtype if has_delta else weight, weight, x.dtype if has_delta else weight, *made.places,
              torch.int64 if counts else weight, m, k, *made.sizes, x.stride(0) if m > 1 else k,
              k if delta is None or m == 1 else delta.stride(0), self.eps, counts],
-            {"HAS_DELTA": has_delta, "COUNTS": counts > 0, **made.constants, "BG": tile.groups, "GS": tile.size},
-            x.device, num_warps=tile.warps, enable_fp_fusion=False,
+            {"HAS_DELTA": has_delta, "COUNTS": counts > 0, **made.constants, "BG": tile.groups, "GS": tile.size,
+             **waits},
+            x.device, num_warps=tile.warps, enable_fp_fusion=False, **overlap,
         )  # fmt: skip
 
 
@@ -169,10 +172,11 @@ class Gate:
         tile = gate_launch(None if wanted.quantizer is None else wanted.quantizer.spec, k)
         groups = -(-made.sizes[0] // tile.size)
         strides = [t.stride(0) if m > 1 else k for t in (gate, up)]
+        waits, overlap = overlapping(arch_of(gate.device))
         launch = Launch(
             jit.gate_rows, [gate.dtype, gate.dtype, *made.places, m, k, *made.sizes, *strides],
-            {**made.constants, "BG": tile.groups, "GS": tile.size, "WHOLE": tile.groups >= groups},
-            gate.device, num_warps=tile.warps, enable_fp_fusion=False,
+            {**made.constants, "BG": tile.groups, "GS": tile.size, "WHOLE": tile.groups >= groups, **waits},
+            gate.device, num_warps=tile.warps, enable_fp_fusion=False, **overlap,
         )  # fmt: skip
         return launch, -(-groups // tile.groups)
 
@@ -244,6 +248,7 @@ class Attention:
             rows = pairs * tile.splits * tile.rows
             parts, peaks = Piece(0, torch.float32), Piece(4 * rows * 2 * tile.half, torch.float32)  # type: ignore[assignment]
             size = 4 * rows * (2 * tile.half + 2)
+        waits, overlap = overlapping(arch_of(q.device))
         launch = Launch(
             jit.decode_attention,
             [*[dtype] * 5, stand_in if self.q_norm is None else self.q_norm,
@@ -254,8 +259,8 @@ class Attention:
              values.stride(0), values.stride(1), across, down, int, room, self.kv_heads, self.scaling, self.eps],
             {"T": tokens, "GROUP": group, "ROWS": tile.rows, "DIM": self.dim, "HALF": tile.half, "BN": tile.block,
              "SPLITS": tile.splits, "Q_NORM": self.q_norm is not None, "K_NORM": self.k_norm is not None,
-             "MASK": mask is not None, "COUNTED": counted},
-            q.device, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+             "MASK": mask is not None, "COUNTED": counted, **waits},
+            q.device, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False, **overlap,
         )  # fmt: skip
         return _AttentionCall(launch, (pairs, tile.splits), size)
 

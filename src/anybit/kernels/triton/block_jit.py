@@ -13,6 +13,17 @@ from anybit.kernels.triton.quantizers_jit import corrected_quotient, encode, mag
 
 
 @triton.jit
+def waits(WAITS: tl.constexpr):
+    """The kernel was launched while the one before it ends, and waits for that here (programmatic dependent launch).
+
+    Then the next one may be launched: a product, which copies its first weights meanwhile, or what follows a product.
+    """
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def store_input(
     x, m, group, column, out_ptr, scale_ptr, outer_ptr, given_ptr, M, K, KP, G,
     MODE: tl.constexpr, RULE: tl.constexpr, EXPONENT: tl.constexpr, DIVIDE: tl.constexpr, BOUND: tl.constexpr,
@@ -115,11 +126,12 @@ def norm_rows(
     IS_INTEGER: tl.constexpr, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr, EMAX: tl.constexpr, TOP: tl.constexpr,
     MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr, BITS: tl.constexpr, NAN_CODE: tl.constexpr, HAS_GIVEN: tl.constexpr,
     READS_ROW: tl.constexpr, SCALES: tl.constexpr, OUTER: tl.constexpr, VALUES: tl.constexpr, OWN: tl.constexpr,
-    FNUZ: tl.constexpr, NATIVE: tl.constexpr, BG: tl.constexpr, GS: tl.constexpr,
+    FNUZ: tl.constexpr, NATIVE: tl.constexpr, BG: tl.constexpr, GS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """The root-mean-square norm of rows x [M, K] (plus delta, the sum stored as the new residual), for a product.
 
     One program a row. COUNTS: the cache's count of tokens grows by `added`, now that its readers have run.
+    WAITS: as `waits` says.
     """
     m = tl.program_id(0)
     group = tl.arange(0, BG)
@@ -127,6 +139,7 @@ def norm_rows(
     counts = column < K
     D: tl.constexpr = x_ptr.dtype.element_ty
     weight = tl.load(weight_ptr + column, mask=counts, other=0.0)
+    waits(WAITS)
     x = tl.load(x_ptr + m.to(tl.int64) * x_stride + column, mask=counts, other=0.0).to(tl.float32)
     if HAS_DELTA:
         delta = tl.load(delta_ptr + m.to(tl.int64) * delta_stride + column, mask=counts, other=0.0)
@@ -152,8 +165,10 @@ def gate_rows(
     MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr, BITS: tl.constexpr, NAN_CODE: tl.constexpr, HAS_GIVEN: tl.constexpr,
     READS_ROW: tl.constexpr, SCALES: tl.constexpr, OUTER: tl.constexpr, VALUES: tl.constexpr, OWN: tl.constexpr,
     FNUZ: tl.constexpr, NATIVE: tl.constexpr, BG: tl.constexpr, GS: tl.constexpr, WHOLE: tl.constexpr,
+    WAITS: tl.constexpr,
 ):  # fmt: skip
     """silu(gate) * up of [M, K], for a product. Program (row, BG groups of columns); WHOLE: all of them."""
+    waits(WAITS)
     m = tl.program_id(0)
     group = tl.program_id(1) * BG + tl.arange(0, BG)
     column = group[:, None] * GS + tl.arange(0, GS)[None, :]
@@ -193,6 +208,7 @@ def decode_attention(
     value_batch, value_head, mask_batch, mask_token, held, room, heads, scaling, eps,
     T: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr,
     SPLITS: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, MASK: tl.constexpr, COUNTED: tl.constexpr,
+    WAITS: tl.constexpr,
 ):  # fmt: skip
     """T new tokens a sequence: rotated, put into the cache, and attending to it; out [B T, heads GROUP DIM].
 
@@ -202,6 +218,7 @@ def decode_attention(
     ones up to itself. Scores, softmax and sums are float32; weights of values go in as two numbers of D.
     The last part takes the new tokens. The last program of a sequence and head to arrive adds the parts in their order.
     """
+    waits(WAITS)
     D: tl.constexpr = out_ptr.dtype.element_ty
     pair = tl.program_id(0)
     split = tl.program_id(1)

@@ -26,7 +26,7 @@ from anybit.platforms.archs import ARCHS
 from anybit.schemes import ActivationSpec
 
 __all__ = ["LARGEST_M", "NAME", "PLAIN", "attention_launch", "compile_cases", "gate_launch", "input_constants",
-           "is_made_in_passing", "needs_row", "norm_launch"]
+           "is_made_in_passing", "needs_row", "norm_launch", "overlapping"]
 
 NAME: Final = "triton-block"
 LARGEST_M: Final = 8  # tokens of all sequences together
@@ -34,6 +34,12 @@ LARGEST_ROW: Final = 32768  # of a norm, or of a gate whose recipe reads the who
 _PLAIN_GROUP: Final = 16  # columns that a tile holds together where no recipe says
 _GATE_TILE: Final = 2048  # columns that a program of the gate takes where it need not see the row
 _FEWEST_ROWS: Final = 16  # of a matrix instruction
+
+
+def overlapping(arch: str) -> tuple[dict[str, bool], dict[str, bool]]:
+    """Constants and options of kernels that are launched while the one before them ends: measured on sm_90 alone."""
+    waits = arch == "sm_90"
+    return {"WAITS": waits}, {"launch_pdl": True} if waits else {}
 
 
 def _power_of_two(n: int) -> int:
@@ -177,21 +183,23 @@ def _input_case(spec: ActivationSpec | None, arch: str, dtype: str) -> tuple[dic
 def _row_cases(spec: ActivationSpec | None, label: str, arch: str, dtype: str) -> list[CompileCase]:
     """The norm of 4096 columns with a residual, the gate of 14336."""
     own, constants = _input_case(spec, arch, dtype)
-    pointer, options = f"*{dtype}", {"enable_fp_fusion": False}
+    waits, overlap = overlapping(arch)
+    pointer, options = f"*{dtype}", {"enable_fp_fusion": False, **overlap}
     launch = norm_launch(spec, 4096)
     norm = CompileCase(
         NAME, f"{_MODULE}:norm_rows", arch, f"norm {dtype}, {label}",
         {"x_ptr": pointer, "delta_ptr": pointer, "weight_ptr": pointer, "sum_ptr": pointer, **own, "count_ptr": "*i64",
          "M": "i32", "K": "i32", "KP": "i32", "G": "i32", "x_stride": "i32", "delta_stride": "i32", "eps": "fp32",
          "added": "i32"},
-        {**constants, "HAS_DELTA": True, "COUNTS": True, "BG": launch.groups, "GS": launch.size},
+        {**constants, "HAS_DELTA": True, "COUNTS": True, "BG": launch.groups, "GS": launch.size, **waits},
         divisible=("K", "KP", "x_stride", "delta_stride"), num_warps=launch.warps, options=options)
     launch = gate_launch(spec, 14336)
     gate = CompileCase(
         NAME, f"{_MODULE}:gate_rows", arch, f"gate {dtype}, {label}",
         {"gate_ptr": pointer, "up_ptr": pointer, **own, "M": "i32", "K": "i32", "KP": "i32", "G": "i32",
          "gate_stride": "i32", "up_stride": "i32"},
-        {**constants, "BG": launch.groups, "GS": launch.size, "WHOLE": launch.groups * launch.size >= 14336},
+        {**constants, "BG": launch.groups, "GS": launch.size, "WHOLE": launch.groups * launch.size >= 14336,
+         **waits},
         divisible=("K", "KP", "gate_stride", "up_stride"), num_warps=launch.warps, options=options)
     return [norm, gate]
 
@@ -209,12 +217,13 @@ def _attention_case(
              "count_ptr": "*i64" if counted else f"*{dtype}", "part_ptr": "*fp32", "peak_ptr": "*fp32",
              "arrived_ptr": "*i32", **dict.fromkeys(integers, "i32"), "scaling": "fp32", "eps": "fp32"}
     constants = {"T": tokens, "GROUP": 4, "ROWS": launch.rows, "DIM": dim, "HALF": launch.half, "BN": launch.block,
-                 "SPLITS": launch.splits, "Q_NORM": norms, "K_NORM": norms, "MASK": counted, "COUNTED": counted}
+                 "SPLITS": launch.splits, "Q_NORM": norms, "K_NORM": norms, "MASK": counted, "COUNTED": counted,
+                 **overlapping(arch)[0]}
     label = f"attention {dtype} heads of {dim}, {tokens} tokens, {'static' if counted else 'growing'}"
     return CompileCase(
         NAME, f"{_MODULE}:decode_attention", arch, label, types, constants,
         divisible=("q_stride", "k_stride", "v_stride", "key_batch", "key_head", "value_batch", "value_head"),
-        num_warps=launch.warps, num_stages=launch.stages, options={"enable_fp_fusion": False},
+        num_warps=launch.warps, num_stages=launch.stages, options={"enable_fp_fusion": False, **overlapping(arch)[1]},
         spills=_SPILLS if arch.startswith("gfx11") and dim > 128 else 0)
 
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from anybit.kernels.catalogue import Stored
 from anybit.kernels.linear.tiled_torch import Tiled, as_bits
+from anybit.kernels.linear.triton_planes import expands_exactly
 from anybit.kernels.request import Kernels, Regime
+from anybit.kernels.triton import gemm16_hopper
 from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Launch, Piece, Zeros, launch, remember
 from anybit.kernels.triton.opaque import Launched, Run
@@ -28,10 +30,10 @@ from anybit.kernels.triton.planes_launch import (
     constants,
     expansion,
     half_factor,
-    overlaps,
     product_constants,
     scratch_rows,
     terms_of,
+    waits,
 )
 from anybit.kernels.triton.planes_one_launch import one_config
 from anybit.kernels.triton.planes_prepare import Packed, pack, unpacked
@@ -51,7 +53,7 @@ PARTS: Final = ("plane_0", "plane_1", "plane_2", "scale", "scale_super", "zeros"
 _ACTIVATION: Final = "activation_"  # of the names of static activation tensors
 _NO_TENSORS: Final[Mapping[str, Tensor]] = MappingProxyType({})
 # torch's product takes up to six times as long (H200) where the rows that it writes are no multiples of 16 bytes
-_ALIGNED_OUTPUTS: Final = 8
+_ALIGNED_OUTPUTS: Final = 8  # numbers of 16 bits
 _PINNED_TOKENS: Final = 16  # the configuration of every M where a row's result must not depend on M
 _PINNED_CALL: Final = 256  # tokens of one launch there: each has parts of split-K
 # pieces of 8 significant bits that hold 24, 11 and 8 of them
@@ -227,10 +229,9 @@ class StoredPlanes(Launched):
 
     def _direct(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Call:
         """The launches of one product, with its quantizer."""
-        (tokens, columns), (rows, _) = x.shape, self.shape
         if self._quantizer is None:
             return self._launched(x, None, bias, out_dtype)
-        plan = self._quantizer.plan(x, leads=overlaps(tokens, rows, columns, arch_of(x.device)))
+        plan = self._quantizer.plan(x)
         factors = plan.pieces.get("scale", plan.pieces.get("outer"))
         return self._launched(x, factors, bias, out_dtype, plan)
 
@@ -248,8 +249,7 @@ class StoredPlanes(Launched):
         device, arch = x.device, arch_of(x.device)
         planned = _PINNED_TOKENS if self._is_pinned else tokens
         hopper = hopper_config(form, rows, columns, planned, arch)
-        # a part of a joined weight: those kernels take its pitch too, but no device has run them on one yet
-        if hopper is not None and self._pitch() == self._parts[8].shape[0]:
+        if hopper is not None:
             from anybit.kernels.triton.planes_hopper_run import hopper_call
 
             return hopper_call(hopper, form, rows, self._parts, self._pitch(), self._captured, x, factors, bias,
@@ -270,7 +270,7 @@ class StoredPlanes(Launched):
             parts = Piece(size, torch.float32)
             size += -(-config.split * tokens * rows * 4 // ALIGNED) * ALIGNED
         is_half = quantize is None and x.dtype == torch.float16
-        waits = quantize is not None and overlaps(tokens, rows, columns, arch)
+        is_waiting = waits(form, tokens, arch, is_quantized=factors is not None or quantize is not None)
         made = Launch(
             matmul_kernel,
             [x.dtype if quantize is None else quantize.pieces["codes"], *self._parts,
@@ -280,8 +280,8 @@ class StoredPlanes(Launched):
              pitch if self._parts[5].shape[0] > 1 else 0, half_factor(form, is_half=is_half)],
             {**product_constants(form, columns, arch), "TERMS": terms_of(form, is_half=is_half), "BM": config.tokens,
              "BN": config.rows, "SPLIT": is_split, "TOKENS": factors is not None, "BIAS": bias is not None,
-             "EVEN": columns == padded, "ASM": config.assembly, "WAITS": waits},
-            device, num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if waits else {}),
+             "EVEN": columns == padded, "ASM": config.assembly, "WAITS": is_waiting},
+            device, num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if is_waiting else {}),
         )  # fmt: skip
         return Call((tokens, rows), out_dtype, device, tokens, size, quantize, made, (tiles, config.split))
 
@@ -378,8 +378,12 @@ def _product_into(
     out: Tensor, x: Tensor, weight: Tensor, factors: Tensor | None, bias: Tensor | None, alpha: float
 ) -> None:
     """out [M, n] = alpha x W^T (times factors of rows) + bias, with float32 sums and one rounding."""
+    is_plain = out.dtype == x.dtype and factors is None and (bias is None or _may_add(bias, x))
+    if not is_plain and gemm16_hopper.takes(x, weight, out):
+        gemm16_hopper.product_into(out, x, weight, factors, bias, alpha)
+        return
     with _full_sums():
-        if out.dtype != x.dtype or factors is not None or (bias is not None and bias.dtype != x.dtype):
+        if not is_plain:
             wide = torch.mm(x, weight.T, out_dtype=torch.float32)
             _finish(wide, factors, bias, out, alpha)
         elif bias is not None:
@@ -388,6 +392,12 @@ def _product_into(
             torch.mm(x, weight.T, out=out)
         else:
             torch.addmm(out, x, weight.T, beta=0, alpha=alpha, out=out)
+
+
+def _may_add(bias: Tensor, x: Tensor) -> bool:
+    """True where the library may add the bias: it adds parts of the sums in 16 bits too where rows are not aligned."""
+    is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) % _ALIGNED_OUTPUTS == 0 and x.shape[1] % _ALIGNED_OUTPUTS == 0
+    return bias.dtype == x.dtype and is_aligned
 
 
 @contextmanager
@@ -432,9 +442,29 @@ _EXACT_RANGE: Final = {
 
 
 def is_expandable(packed: Packed, dtype: torch.dtype) -> bool:
-    """True unless powers of two reach beyond the 16-bit dtype, which headers cannot show and a folded scale avoids."""
+    """True unless weights reach beyond the 16-bit dtype, which headers cannot show and a folded scale avoids."""
+    if dtype == torch.float16 and not expands_exactly(packed.scheme, "float16"):
+        return _fits_half(packed)
     level = packed.scheme.scales[0] if packed.scheme.scales else None
     if level is None or level.format != "e8m0" or packed.form.scaling != "group":
         return True
     low, high = _EXACT_RANGE.get((dtype, packed.scheme.element), (-110, 110))
     return low <= packed.lowest and packed.highest <= high
+
+
+# the largest weight of a row as float16: the least one whose row loses no more than by a rounding, the largest number
+_HALF_RANGE: Final = (2.0**-12, 65504.0)
+_CHUNK: Final = 1 << 22  # weights looked at together
+
+
+def _fits_half(packed: Packed) -> bool:
+    """True if every row, rounded to float16, is what a rounding leaves of it: no infinity, nothing lost below 2^-24."""
+    n, k = packed.shape
+    least, most = _HALF_RANGE
+    step = max(1, _CHUNK // max(k, 1))
+    for start in range(0, n, step):
+        index = torch.arange(start, min(start + step, n), device=packed.tensors["row"].device)
+        largest = unpacked(packed, index).abs().amax(-1)
+        if bool((((largest != 0) & (largest < least)) | ~(largest <= most)).any()):
+            return False
+    return True

@@ -13,6 +13,7 @@ multiplies.
 
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -107,11 +108,30 @@ def _copy(
     Masks instead of a branch: products may be running. What lies beyond K, or does not come, becomes zeros. What stands
     `beside` an address is added last.
     """
+    _copy_x(x_from, x_beside, x_to, b, h, comes, counted, x_columns, K, XS, EVEN)
+    _copy_w(w_from, w_beside, s_from, z_from, w_to, s_to, z_to, b, h, comes, w_columns, wide, z_wide, NP, KP, z_stride,
+            P, G, R, XS, SCALING, ZEROS, BN, EVEN)
+
+
+@gluon.jit
+def _copy_x(x_from, x_beside, x_to, b, h: gl.constexpr, comes, counted, x_columns, K, XS: gl.constexpr,
+            EVEN: gl.constexpr):
+    """The half of `_copy` that other kernels make."""
     k = b * 256 + h * (256 // XS)
     if EVEN:
         _load_async(x_to, x_from + k + x_beside, mask=counted & comes)
     else:
         _load_async(x_to, x_from + k + x_beside, mask=counted & ((k + x_columns < K) & comes)[None, :])
+
+
+@gluon.jit
+def _copy_w(
+    w_from, w_beside, s_from, z_from, w_to, s_to, z_to, b, h: gl.constexpr, comes, w_columns, wide, z_wide, NP, KP,
+    z_stride, P: gl.constexpr, G: gl.constexpr, R: gl.constexpr, XS: gl.constexpr, SCALING: gl.constexpr,
+    ZEROS: gl.constexpr, BN: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """The half of `_copy` that is there since the weight was loaded."""
+    k = b * 256 + h * (256 // XS)
     if h == 0:
         if EVEN:
             _load_async(w_to, w_from + b * 32 + w_beside, mask=((w_columns >= 0) & comes)[None, :])
@@ -180,11 +200,14 @@ def few_kernel(
     P: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, SKIND: gl.constexpr, ZERO: gl.constexpr,
     ZEROS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, FLIGHT: gl.constexpr,
     SPLIT: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr, EVEN: gl.constexpr, WARPS: gl.constexpr,
+    WAITS: gl.constexpr,
 ):  # fmt: skip
     """o [M, N] = x [M, K] W^T: a tile of BN rows by BM tokens, programs of dimension 1 share K.
 
     STAGES  times 256 inputs in shared memory, one of them in use
     FLIGHT  products of fields that may run while the next is decoded, each holding its operand's registers
+    WAITS   launched while the kernel before it ends, which it waits for once its first words are on the way; and the
+            next kernel may be launched when its sums are done (programmatic dependent launch)
     """
     D: gl.constexpr = x_ptr.dtype.element_ty
     FOLD: gl.constexpr = SCALING == 2
@@ -224,9 +247,13 @@ def few_kernel(
 
     for i in gl.static_range(STAGES - 1):
         if first + i < last:
-            _copy(x_from, 0, w_from, 0, s_from, z_from, x_smem.index(i), w_smem.index(i), s_smem.index(i),
-                  z_smem.index(i), first + i, 0, True, counted, x_columns, w_columns, wide, z_wide, K, NP, KP, z_stride,
-                  P, G, R, 1, SCALING, ZEROS, BN, EVEN)
+            _copy_w(w_from, 0, s_from, z_from, w_smem.index(i), s_smem.index(i), z_smem.index(i), first + i, 0, True,
+                    w_columns, wide, z_wide, NP, KP, z_stride, P, G, R, 1, SCALING, ZEROS, BN, EVEN)
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
+    for i in gl.static_range(STAGES - 1):
+        if first + i < last:
+            _copy_x(x_from, 0, x_smem.index(i), first + i, 0, True, counted, x_columns, K, 1, EVEN)
         async_copy.commit_group()
     acc = gl.zeros([BN, BM], gl.float32, MMA)
     part = acc
@@ -261,6 +288,8 @@ def few_kernel(
                 run = warpgroup_mma(a, xf, acc, is_async=True)
                 acc = warpgroup_mma_wait(0 if f == F - 1 else FLIGHT, deps=[run])
         slot = (slot + 1) % STAGES
+    if WAITS:
+        tl.extra.cuda.gdc_launch_dependents()
     _finish(acc, row_ptr, token_ptr, bias_ptr, o_ptr, part_ptr, count_ptr, mult, tile, pm, pn, M, N, BM, BN, MMA, SPLIT,
             TOKENS, BIAS, WARPS)
 
@@ -379,5 +408,8 @@ def many_kernel(
                     acc += part * s[:, None]
             else:
                 acc = warpgroup_mma_wait(0 if f % FS == FS - 1 else FLIGHT, deps=[run])
+    # steps beyond the last one arrive as zeros: not in memory that the results pass through
+    async_copy.wait_group(0)
+    _barrier()
     _finish(acc, row_ptr, token_ptr, bias_ptr, o_ptr, part_ptr, count_ptr, mult, tile, pm, pn, M, N, BM, BN, MMA, SPLIT,
             TOKENS, BIAS, WARPS)

@@ -44,6 +44,11 @@ class HopperConfig:
         """Its name in `planes_hopper`."""
         return "many_kernel" if self.steps else "few_kernel"
 
+    @property
+    def waits(self) -> bool:
+        """Launched while the kernel before it ends."""
+        return not self.steps
+
 
 @cache
 def has_gluon() -> bool:
@@ -97,12 +102,18 @@ def _few(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig | Non
     bm, blocks = 8 if tokens <= 8 else 16 if tokens <= 16 else 32, -(-columns // _AT_ONCE)
     is_broad, is_huge = rows >= 12800 and rows % 128 == 0, rows >= 3 * 128 * _MULTIPROCESSORS
     narrow = HopperConfig(bm, 64, stages=2, flight=4 if is_fine else 2)
+    if is_fine and not is_sum and is_huge and tokens > 4 and rows % 128 == 0:
+        narrow = replace(narrow, rows=128)
+    is_short = columns <= 8192 or rows <= 3072  # beyond, eight parts of K are too long for one program each
     if is_fine and not is_sum:
-        taken = (rows < 20000 or is_huge) if bm == 8 else rows <= 2048
+        taken = (is_short and rows < 20000) or is_huge if bm == 8 else rows <= (2048 if bm == 32 else 8192) and is_short
     else:
-        taken = is_sum or (columns <= 8192 and rows < (50000 if bm == 32 else 20000))
+        taken = is_sum or (is_short and rows < (50000 if bm == 32 else 20000))
     if not taken:
         return None
+    if is_fine and not is_sum and bm == 16 and rows > 3072 and rows % 128 == 0:
+        tile = replace(narrow, rows=128, stages=3 if rows * columns <= 2**24 else 2)
+        return replace(tile, split=_parts(blocks, 3 * _MULTIPROCESSORS // (rows // 128), 8))
     if bm == 8 or not is_broad or (bm == 16 and not is_sum):
         if bm == 8 and is_huge and is_sum:
             narrow = replace(narrow, stages=3)
@@ -161,7 +172,7 @@ def hopper_constants(
 ) -> dict[str, Any]:
     """The kernel's compile-time constants."""
     shared = constants(form)
-    steps = {"XS": config.steps} if config.steps else {}
+    steps = {"XS": config.steps} if config.steps else {"WAITS": config.waits}
     return steps | {name: shared[name] for name in ("P", "G", "SCALING", "SKIND", "ZERO", "ZEROS")} | {
         "R": form.run, "BM": config.tokens, "BN": config.rows, "STAGES": config.stages, "FLIGHT": config.flight,
         "SPLIT": config.split > 1, "TOKENS": has_factors, "BIAS": has_bias, "EVEN": columns % _AT_ONCE == 0,

@@ -70,7 +70,7 @@ def hopper_call(
          columns if copies else apart,
          pitch if zeros.shape[0] > 1 else 0, half_factor(form, is_half=is_half)],
         hopper_constants(form, config, columns, has_factors=factors is not None, has_bias=bias is not None),
-        x.device, num_warps=config.warps,
+        x.device, num_warps=config.warps, **({"launch_pdl": True} if config.waits else {}),
     )  # fmt: skip
     return AlignedCall((tokens, rows), out_dtype, x.device, tokens, size, quantize, made, (tiles, config.split),
                        copies=copies)

@@ -307,7 +307,8 @@ def matmul_kernel(
     ADD 0 none, 1 float zero point, 2 minimum added, 3 subtracted; ROUND 0 none, 1 float16, 2 bfloat16;
     F, R: fields that a step takes and how many share a scale (`planes_launch.steps`);
     TOKENS: x's rows have float32 factors, which belong to the epilogue.
-    WAITS: launched while the kernel before it runs, which it waits for here (programmatic dependent launch).
+    WAITS: launched while the kernel before it runs, which it waits for here; the next one may be launched when its sums
+    are done (programmatic dependent launch).
     """
     if WAITS:
         tl.extra.cuda.gdc_wait()
@@ -471,6 +472,8 @@ def matmul_kernel(
             acc -= added * a_above[:, None]
         c_offsets += E
         x_ptrs += F * P
+    if WAITS:
+        tl.extra.cuda.gdc_launch_dependents()
     acc = (acc * mult) * tl.load(row_ptr + rn)[:, None]
     if TOKENS:
         acc = acc * tl.load(token_ptr + rm, mask=rm < M, other=0.0)[None, :]

@@ -149,14 +149,17 @@ class Quantizer:
                 plan(stream_of(x.device.index), scratch, x, given)
         return plan.quantized(scratch)
 
-    def plan(self, x: Tensor, *, leads: bool = False) -> QuantizerPlan:
+    def plan(self, x: Tensor, *, leads: bool = False, follows: bool = False) -> QuantizerPlan:
         """How rows like those of x are quantized: as many, of that dtype and stride.
 
-        leads  the kernel launched next waits for this one itself (sm_90: programmatic dependent launch)
+        leads    the kernel launched next waits for this one itself (sm_90: programmatic dependent launch)
+        follows  the launch may overlap the end of the kernel before it, as that of a few rows always does there
         """
-        key = (x.shape, x.stride(), x.dtype, x.device, leads)
+        follows = (follows or x.shape[0] <= _FOLLOWING_ROWS) and arch_of(x.device) == "sm_90"
+        key = (x.shape, x.stride(), x.dtype, x.device, leads, follows)
         found = self._plans.get(key)
-        return remember(self._plans, key, QuantizerPlan(self, x, leads=leads)) if found is None else found
+        return (remember(self._plans, key, QuantizerPlan(self, x, leads=leads, follows=follows)) if found is None
+                else found)
 
     def given(self, x: Tensor) -> Tensor | None:
         """The number that the rule reads beside x: static, or a statistic of the whole call."""
@@ -217,7 +220,7 @@ class QuantizerPlan:
     scratch_bytes  of all of them
     """
 
-    def __init__(self, quantizer: Quantizer, x: Tensor, *, leads: bool) -> None:
+    def __init__(self, quantizer: Quantizer, x: Tensor, *, leads: bool, follows: bool) -> None:
         """For x [M, K] and others of its shape, stride and dtype."""
         self.pieces: dict[str, Piece] = {}
         self.scratch_bytes = 0
@@ -225,7 +228,7 @@ class QuantizerPlan:
         self._quantizer = quantizer
         self._is_static = quantizer._is_static
         place = self._in_groups if quantizer._in_groups else self._in_rows
-        self._launch, self._grid = place(quantizer, x, leads)
+        self._launch, self._grid = place(quantizer, x, {"LEADS": leads, "FOLLOWS": follows})
 
     def __call__(self, stream: int | None, scratch: Tensor, x: Tensor, given: Tensor | None = None) -> None:
         """Fill the pieces from x with M rows of K in all; `stream` as `Launch` takes it."""
@@ -259,7 +262,9 @@ class QuantizerPlan:
         width = quantizer.columns // 2 if quantizer._packed else quantizer.columns
         return self._place("codes", dtype, rows, width)
 
-    def _in_rows(self, quantizer: Quantizer, x: Tensor, leads: bool) -> tuple[Launch, tuple[int, int]]:
+    def _in_rows(
+        self, quantizer: Quantizer, x: Tensor, overlaps: Mapping[str, bool]
+    ) -> tuple[Launch, tuple[int, int]]:
         (rows, k), spec = x.shape, quantizer.spec
         out = self._place_codes(quantizer, rows)
         scale = self._place("scale", torch.float32, rows)
@@ -279,13 +284,14 @@ class QuantizerPlan:
              "STATISTIC": quantizer._statistic, "HAS_GIVEN": given is not None, "HAS_ZERO": zero_point is not None,
              "VALUES": values, "FNUZ": quantizer._fnuz, "NATIVE": quantizer._is_native(arch_of(x.device)),
              "SUMS": sums is not None, "WHOLE": columns <= block and not part, "BK": block, "PART": part,
-             **edges(k, quantizer.columns, max(block, part)), "LEADS": leads,
-             "FOLLOWS": _follows(x)},
-            x.device, num_warps=warps, enable_fp_fusion=False, **({"launch_pdl": True} if _follows(x) else {}),
+             **edges(k, quantizer.columns, max(block, part)), **overlaps},
+            x.device, num_warps=warps, enable_fp_fusion=False, **({"launch_pdl": True} if overlaps["FOLLOWS"] else {}),
         )  # fmt: skip
         return made, (rows, -(-quantizer.columns // part) if part else 1)
 
-    def _in_groups(self, quantizer: Quantizer, x: Tensor, leads: bool) -> tuple[Launch, tuple[int, int]]:
+    def _in_groups(
+        self, quantizer: Quantizer, x: Tensor, overlaps: Mapping[str, bool]
+    ) -> tuple[Launch, tuple[int, int]]:
         (rows, k), spec, arithmetic = x.shape, quantizer.spec, quantizer._arithmetic
         groups = -(-quantizer.columns // spec.group_size)  # those beyond K hold zeros
         own = quantizer._own
@@ -304,15 +310,10 @@ class QuantizerPlan:
              "OWN": own, "PACKED": quantizer._packed, "FNUZ": quantizer._fnuz,
              "NATIVE": quantizer._is_native(arch_of(x.device)), "SIZE": spec.group_size, "GS": padded,
              "BG": at_a_time, **edges(k, quantizer.columns, at_a_time * padded * (padded == spec.group_size)),
-             "LEADS": leads, "FOLLOWS": _follows(x)},
-            x.device, num_warps=warps, enable_fp_fusion=False, **({"launch_pdl": True} if _follows(x) else {}),
+             **overlaps},
+            x.device, num_warps=warps, enable_fp_fusion=False, **({"launch_pdl": True} if overlaps["FOLLOWS"] else {}),
         )  # fmt: skip
         return made, (rows, -(-groups // at_a_time))
-
-
-def _follows(x: Tensor) -> bool:
-    """True where the launch may overlap the end of the kernel before it: it counts for a few rows."""
-    return x.shape[0] <= _FOLLOWING_ROWS and arch_of(x.device) == "sm_90"
 
 
 def _largest(x: Tensor) -> Tensor:

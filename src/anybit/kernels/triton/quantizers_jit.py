@@ -299,6 +299,16 @@ def corrected_quotient(x, y, r, STEPS: tl.constexpr):
 
 
 @triton.jit
+def bounded_quotient(x, y, r):
+    """corrected_quotient of x of 16 bits with one step, where |x / y| is below 2^127 and x is finite; CUDA.
+
+    Its remainder is exact but where it is subnormal. Rounded downwards a remainder of zero is -0, so -0 keeps its sign.
+    """
+    q = x * r
+    return tl.fma(libdevice.fma_rd(q, tl.broadcast_to(-y, q.shape), x), r, q)
+
+
+@triton.jit
 def read_row(row, column, K, EVEN: tl.constexpr):
     """Values of a row as float32, zeros beyond K."""
     x = tl.load(row + column) if EVEN else tl.load(row + column, mask=column < K, other=0.0)
@@ -399,6 +409,12 @@ def quantize_rows(
     start = tl.program_id(1) * PART
     reciprocal = tl.div_rn(1.0, factor) if DIVIDE else factor
     is_tame = (tl.abs(factor) > 7.9e-31) & (tl.abs(factor) < 1.3e36)
+    # the recipe's codes of finite rows lie in their range without being brought into it
+    BOUNDED: tl.constexpr = (STATISTIC == "absmax" and float("inf") == BOUND
+                             and (RULE == "fp8_token" or RULE == "int8_token"))
+    is_plain = is_tame
+    if BOUNDED and IS_INTEGER:
+        is_plain = (factor < float("inf")) & (scale < float("inf"))
     is_near = False
     if STATISTIC == "range":  # what a row's own factor makes of it lies near the zero point, as a rule within 2^20
         is_near = (tl.abs(zero_point) < 1048576) & (factor < float("inf")) & (scale < float("inf"))
@@ -408,7 +424,10 @@ def quantize_rows(
         if not DIVIDE:
             v = x * factor
         elif is_tame:
-            v = corrected_quotient(x, factor, reciprocal, 2 if x_ptr.dtype.element_ty == tl.float32 else 1)
+            if BOUNDED and NATIVE and x_ptr.dtype.element_ty != tl.float32:
+                v = bounded_quotient(x, factor, reciprocal)
+            else:
+                v = corrected_quotient(x, factor, reciprocal, 2 if x_ptr.dtype.element_ty == tl.float32 else 1)
         else:
             v = tl.div_rn(x, tl.where(x == x, factor, factor))
         if NATIVE and not VALUES:  # the conversion saturates
@@ -423,6 +442,9 @@ def quantize_rows(
                 else:
                     code = encode_shifted(v, zero_point, MINIMUM, MAXIMUM)
                 value = (code - zero_point).to(tl.float32)
+            elif BOUNDED and IS_INTEGER:
+                code = near_integer(v) if is_plain else encode_integer(v, MINIMUM, MAXIMUM)
+                value = code.to(tl.float32)
             else:
                 code, value = encode(v, zero_point, IS_INTEGER, IS_SHIFTED, MANTISSA, SMALLEST, MINIMUM, MAXIMUM, BITS,
                                      NAN_CODE)

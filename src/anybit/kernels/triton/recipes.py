@@ -258,7 +258,10 @@ def group_launch(group_size: int, k: int = 0, rows: int = 0) -> tuple[int, int, 
     if k == 0:
         return padded, max(1, _GROUP_TILE // padded), 0, 4
     block, part, warps = row_launch(k, rows, is_shared=True)
-    return padded, max(1, (part or block) // padded), -1 if k <= block and not part else block, warps
+    is_whole = k <= block and not part
+    if is_whole:
+        warps = max(warps, block // 1024)  # 32 elements a thread: more of a long row do not stay in registers
+    return padded, max(1, (part or block) // padded), -1 if is_whole else block, warps
 
 
 def edges(k: int, columns: int, step: int) -> dict[str, bool]:

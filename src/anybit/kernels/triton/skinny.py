@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anybit.kernels.linear.dense_torch import StoredDense
-from anybit.kernels.linear.triton_skinny import LARGEST_M, SPEC, configure
+from anybit.kernels.linear.triton_skinny import LARGEST_M, SPEC, configure, waits
 from anybit.kernels.request import Kernels, Regime
 from anybit.kernels.triton import skinny_jit as jit
 from anybit.kernels.triton.devices import arch_of
@@ -60,8 +60,8 @@ class StoredSkinny(Launched, StoredDense):
             [x.dtype, weight, bias_dtype, out_dtype, parts, Zeros(tiles, self._captured) if fused else weight,
              int, n, k, x.stride(0) if m > 1 else k],
             {"HAS_BIAS": bias is not None, "BM": config.bm, "BN": config.bn, "BK": config.bk, "SPLIT": config.split,
-             "FUSED": fused, "EVEN_K": k % config.bk == 0},
-            device, num_warps=config.warps, num_stages=config.stages,
+             "FUSED": fused, "EVEN_K": k % config.bk == 0, "WAITS": waits(arch)},
+            device, num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if waits(arch) else {}),
         )  # fmt: skip
         finish = None
         if is_split and not fused:

@@ -21,12 +21,16 @@ def store_tile(acc, bias_ptr, out_ptr, rows, outs, M, N, HAS_BIAS: tl.constexpr)
 def skinny_matmul(
     x_ptr, w_ptr, bias_ptr, out_ptr, part_ptr, count_ptr, M, N, K, stride,
     HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    FUSED: tl.constexpr, EVEN_K: tl.constexpr,
+    FUSED: tl.constexpr, EVEN_K: tl.constexpr, WAITS: tl.constexpr,
 ):
     """out [M, N] = x [M, K] W^T + bias, sums in float32; one tile of at most BM rows.
 
     SPLIT programs along K leave their sums in part [SPLIT, M, N]; FUSED: the last to arrive adds them, in order.
+    WAITS: launched while the kernel before it ends, which it waits for here; the next one may be launched when its sums
+    are done (programmatic dependent launch).
     """
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
     part = tl.program_id(1)
     rows = tl.arange(0, BM)
@@ -48,6 +52,8 @@ def skinny_matmul(
             w = tl.load(w_rows + k, mask=(k + inside < K)[None, :], other=0.0)
             x = tl.load(x_rows + k, mask=(k + inside < K)[:, None], other=0.0)
         acc = tl.dot(w, x, acc)
+    if WAITS:
+        tl.extra.cuda.gdc_launch_dependents()
     if SPLIT == 1:
         store_tile(acc, bias_ptr, out_ptr, rows, outs, M, N, HAS_BIAS)
     else:

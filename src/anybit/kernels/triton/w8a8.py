@@ -60,7 +60,7 @@ _VIEW: Final = {
 _EPILOGUE_COLUMNS: Final = 1024
 _STATIC: Final = ("scale", "zero_point", "lower_bound")
 _ROWS_A_TIME: Final = 2**24  # weights looked at together while preparing: bounds the temporaries
-_LEADING_ROWS: Final = 64  # up to so many the product is launched while they are quantized
+_LEADING_ROWS: Final = 64  # up to so many the product is launched while they are quantized, not only at the end
 
 
 class StoredRows8(Launched):
@@ -274,7 +274,7 @@ class StoredRows8(Launched):
 
         product, factor, view = self._product, self._factor, _VIEW[given.kind]
         (m, n), k = (x.shape[0], self.shape[0]), self._codes.shape[1]
-        quantize = self.quantizer(given).plan(x, leads=config.waits)
+        quantize = self.quantizer(given).plan(x, leads=config.waits and m <= _LEADING_ROWS, follows=config.waits)
         pieces, size = quantize.pieces, quantize.scratch_bytes
         parts, counters = cast("tuple[Argument, Argument]", (factor, factor))
         if config.share:

@@ -147,6 +147,25 @@ def scaled(acc, sx, sw, zx, cs, xs, zw, IS_SHIFTED: gl.constexpr, W_SHIFTED: gl.
 
 
 @gluon.jit
+def read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, m, n, M, N, ROWS: gl.constexpr, BN: gl.constexpr,
+                LAYOUT: gl.constexpr, IS_SHIFTED: gl.constexpr, W_SHIFTED: gl.constexpr, IN_BLOCKS: gl.constexpr):
+    """The vectors that `scaled` reads, for ROWS rows of x from m on and BN rows of W from n on."""
+    row = m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    out = n + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
+    sx, sw, zx, cs, xs, zw = 1.0, 1.0, 0, 0, 0, 0
+    if not IN_BLOCKS:
+        sx = gl.expand_dims(gl.load(sx_ptr + row, mask=row < M, other=0.0), 1)
+        sw = gl.expand_dims(gl.load(sw_ptr + out, mask=out < N, other=0.0), 0)
+    if IS_SHIFTED:
+        zx = gl.expand_dims(gl.load(zx_ptr + row, mask=row < M, other=0), 1)
+        cs = gl.expand_dims(gl.load(cs_ptr + out, mask=out < N, other=0), 0)
+    if W_SHIFTED:
+        xs = gl.expand_dims(gl.load(xs_ptr + row, mask=row < M, other=0), 1)
+        zw = gl.expand_dims(gl.load(zw_ptr + out, mask=out < N, other=0), 0)
+    return sx, sw, zx, cs, xs, zw
+
+
+@gluon.jit
 def multiply_tiles(
     TEAM: gl.constexpr, x_tiles, w_tiles, ready, free, sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, bias_ptr,
     out_ptr, part_ptr, count_ptr, M, N, K, GROUPS, SHARE,
@@ -161,6 +180,7 @@ def multiply_tiles(
     OF_X: gl.constexpr = gl.SliceLayout(1, MMA)
     OF_W: gl.constexpr = gl.SliceLayout(0, MMA)
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [4, 1], [1, 0])
+    END: gl.constexpr = OUT if IS_SHIFTED or W_SHIFTED else MMA  # many vectors: few columns a thread are better
     if WAITS:
         tl.extra.cuda.gdc_wait()
     tiles_m = (M + BM - 1) // BM
@@ -179,6 +199,9 @@ def multiply_tiles(
                 acc = warpgroup_mma_wait(1, deps=[acc])
                 mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=j > 0)
                 i += 1
+            if not STREAM:
+                ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, tile_m * BM + TEAM * ROWS,
+                                     tile_n * BN, M, N, ROWS, BN, END, IS_SHIFTED, W_SHIFTED, IN_BLOCKS)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1)
             result = acc
@@ -215,6 +238,9 @@ def multiply_tiles(
                 i += 2
             end_even = product_of(sx_even, sw_even, IN_BLOCKS)
             end_odd = product_of(sx_odd, sw_odd, IN_BLOCKS)
+            if not STREAM:
+                ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, tile_m * BM + TEAM * ROWS,
+                                     tile_n * BN, M, N, ROWS, BN, END, IS_SHIFTED, W_SHIFTED, IN_BLOCKS)
             if count % 2 == 0:
                 other = multiply(x_tiles, w_tiles, ready, i + 1, other, False, TEAM, TEAMS, STAGES)
                 acc, other = warpgroup_mma_wait(0, deps=[acc, other])
@@ -253,28 +279,19 @@ def multiply_tiles(
                         result += gl.load(part + slot.to(gl.int64) * WHOLE + mine, cache_modifier=".cg")
                         slot = 2 * program + 2
         if is_done:
-            END: gl.constexpr = OUT if IS_SHIFTED or W_SHIFTED else MMA  # many vectors: few columns a thread are better
+            if STREAM:  # not held while parts are added
+                ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, tile_m * BM + TEAM * ROWS,
+                                     tile_n * BN, M, N, ROWS, BN, END, IS_SHIFTED, W_SHIFTED, IN_BLOCKS)
             held = gl.convert_layout(result, END)
-            row = tile_m * BM + TEAM * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, END))
-            out = tile_n * BN + gl.arange(0, BN, gl.SliceLayout(0, END))
-            x_scale, w_scale, x_zero, w_sum, x_sum, w_zero = 1.0, 1.0, 0, 0, 0, 0
-            if not IN_BLOCKS:
-                x_scale = gl.expand_dims(gl.load(sx_ptr + row, mask=row < M, other=0.0), 1)
-                w_scale = gl.expand_dims(gl.load(sw_ptr + out, mask=out < N, other=0.0), 0)
-            if IS_SHIFTED:
-                x_zero = gl.expand_dims(gl.load(zx_ptr + row, mask=row < M, other=0), 1)
-                w_sum = gl.expand_dims(gl.load(cs_ptr + out, mask=out < N, other=0), 0)
-            if W_SHIFTED:
-                x_sum = gl.expand_dims(gl.load(xs_ptr + row, mask=row < M, other=0), 1)
-                w_zero = gl.expand_dims(gl.load(zw_ptr + out, mask=out < N, other=0), 0)
-            r = scaled(held, x_scale, w_scale, x_zero, w_sum, x_sum, w_zero, IS_SHIFTED, W_SHIFTED)
+            r = scaled(held, ending[0], ending[1], ending[2], ending[3], ending[4], ending[5], IS_SHIFTED, W_SHIFTED)
             if HAS_BIAS:
+                out = tile_n * BN + gl.arange(0, BN, gl.SliceLayout(0, END))
                 r += gl.expand_dims(gl.load(bias_ptr + out, mask=out < N, other=0.0).to(gl.float32), 0)
             final = gl.convert_layout(r.to(out_ptr.dtype.element_ty), OUT)
-            row = tile_m * BM + TEAM * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
-            out = tile_n * BN + gl.arange(0, BN, gl.SliceLayout(0, OUT))
-            gl.store(out_ptr + gl.expand_dims(row.to(gl.int64) * N, 1) + gl.expand_dims(out, 0), final,
-                     mask=gl.expand_dims(row < M, 1) & gl.expand_dims(out < N, 0))
+            m = tile_m * BM + TEAM * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
+            n = tile_n * BN + gl.arange(0, BN, gl.SliceLayout(0, OUT))
+            gl.store(out_ptr + gl.expand_dims(m.to(gl.int64) * N, 1) + gl.expand_dims(n, 0), final,
+                     mask=gl.expand_dims(m < M, 1) & gl.expand_dims(n < N, 0))
 
 
 @gluon.jit(do_not_specialize=["M", "SHARE"])

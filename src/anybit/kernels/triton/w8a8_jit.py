@@ -109,7 +109,8 @@ def w8a8_matmul(
     unit      1.0, unknown to the compiler, which would otherwise fold that addition back into the matrix unit
     SPLIT     programs along K; their sums meet in part [programs, M, N], FUSED: added in order by the last to arrive
     SWAP      W is the left operand; BAND rows of tiles are walked together, for the cache
-    WAITS     launched while the kernel before it runs, which it waits for here (programmatic dependent launch)
+    WAITS     launched while the kernel before it runs, which it waits for here; the next one may be launched when its
+              sums are done (programmatic dependent launch)
     """
     if WAITS:
         tl.extra.cuda.gdc_wait()
@@ -164,6 +165,8 @@ def w8a8_matmul(
         else:
             acc = tl.dot(x, w.T, acc, out_dtype=KEPT)
 
+    if WAITS:
+        tl.extra.cuda.gdc_launch_dependents()
     if not SPLIT:
         finish(acc, sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, bias_ptr, out_ptr, rows, outs, M, N, IS_SHIFTED,
                W_SHIFTED, X_GROUP == 0, W_GROUP == 0, HAS_BIAS, SWAP)

@@ -10,6 +10,7 @@ is freed when all weights are gone whose captured launches count in it, and with
 from __future__ import annotations
 
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from threading import RLock
 from typing import Any, Final
@@ -82,11 +83,18 @@ class _Zeros:
         return self._taken > _SLAB // 2
 
     def _cleared(self, count: int) -> Tensor:
-        """New zeros, ready for the current stream; made on a stream of our own, so that no graph's pool owns them."""
-        with torch.cuda.stream(_own_stream(self._device)):
-            made = torch.zeros(count, dtype=torch.int32, device=self._device)
+        """New zeros, ready for the current stream; of another thread and stream, so that no graph's pool owns them.
+
+        torch.compile warms a graph up with all that its thread allocates in the graph's pool, on whichever stream.
+        """
+        with ThreadPoolExecutor(1) as another:
+            made = another.submit(self._made, count).result()
         torch.cuda.current_stream(self._device).wait_stream(_own_stream(self._device))
         return made
+
+    def _made(self, count: int) -> Tensor:
+        with torch.cuda.stream(_own_stream(self._device)):
+            return torch.zeros(count, dtype=torch.int32, device=self._device)
 
 
 @cache
