@@ -11,6 +11,7 @@ the next block's while it works on one.
 
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
@@ -50,7 +51,12 @@ def one_kernel(
     BN: gl.constexpr, SPLIT: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr, EVEN: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
-    """o [1, N] = x [1, K] W^T + bias: program (BN rows, part of K). Constants as in `matmul_kernel`."""
+    """o [1, N] = x [1, K] W^T + bias: program (BN rows, part of K). Constants as in `matmul_kernel`.
+
+    Launched while the kernel before it ends, which it waits for here; the next one may be launched when its sums are
+    done (programmatic dependent launch).
+    """
+    tl.extra.cuda.gdc_wait()
     D: gl.constexpr = x_ptr.dtype.element_ty
     WIDTH: gl.constexpr = P // 8
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
@@ -141,6 +147,7 @@ def one_kernel(
         f5 = g5
         f6 = g6
         f7 = g7
+    tl.extra.cuda.gdc_launch_dependents()
     y = gl.sum(acc, axis=1) * mult * gl.load(row_ptr + rn)
     if TOKENS:
         y = y * gl.load(token_ptr)

@@ -44,6 +44,6 @@ def one_call(
          half_factor(form, is_half=is_half)],
         one_constants(form, config, columns, is_half=is_half, has_factors=factors is not None,
                       has_bias=bias is not None),
-        x.device, num_warps=config.warps,
+        x.device, num_warps=config.warps, launch_pdl=True,
     )  # fmt: skip
     return Call((1, rows), out_dtype, x.device, 1, size, quantize, made, (tiles, config.split))
