@@ -274,13 +274,27 @@ def test_expansion_in_the_interpreter_rounds_what_the_spec_says() -> None:
         assert row["error"] < limit, row
 
 
+def single(word: int) -> torch.Tensor:
+    return torch.tensor([word - (word >> 31 << 32)], dtype=torch.int32).view(torch.float32)
+
+
+def word_of(value: torch.Tensor) -> int:
+    return int(value.view(torch.int32)) & 0xFFFFFFFF
+
+
 _WORDS = {"shl.b32": lambda a: a[0] << a[1], "shr.u32": lambda a: a[0] >> a[1], "and.b32": lambda a: a[0] & a[1],
-          "mov.b32": lambda a: a[0], "mad.lo.u32": lambda a: a[0] * a[1] + a[2]}
+          "mov.b32": lambda a: a[0], "mad.lo.u32": lambda a: a[0] * a[1] + a[2],
+          "shf.r.wrap.b32": lambda a: (a[1] << 32 | a[0]) >> a[2] % 32,
+          "add.f32": lambda a: word_of(single(a[0]) + single(a[1])),
+          "sub.f32": lambda a: word_of(single(a[0]) - single(a[1]))}
 
 
-def run_ptx(text: str, inputs: list[int]) -> int:
-    """A few PTX instructions on 32-bit words; 16-bit float pairs by exact float64 arithmetic and one rounding."""
-    words = {f"${i + 1}": value for i, value in enumerate(inputs)}
+def run_ptx(text: str, inputs: list[int], outputs: int = 1) -> int:
+    """A few PTX instructions on 32-bit words; 16-bit float pairs by exact float64 arithmetic and one rounding.
+
+    The first output is the result, or of several all, the first lowest.
+    """
+    words = {f"${i + outputs}": value & 0xFFFFFFFF for i, value in enumerate(inputs)}
 
     def value(name: str) -> int:
         return words[name] if name in words else int(name, 0) & 0xFFFFFFFF
@@ -301,18 +315,25 @@ def run_ptx(text: str, inputs: list[int]) -> int:
         elif operation == "lop3.b32":
             assert a[3] == 0xEA  # (a & b) | c
             result = a[0] & a[1] | a[2]
+        elif operation.startswith("cvt.rn"):
+            dtype = torch.bfloat16 if "bf16" in operation else torch.float16
+            result = pair_bits(torch.cat([single(a[1]), single(a[0])]).to(dtype))
         elif operation.endswith("16x2"):
             dtype = torch.bfloat16 if "bf16" in operation else torch.float16
             x = [pair(word, dtype) for word in a]
             done = x[0] + x[1] if operation.startswith("add") else x[0] * x[1]
             if operation.startswith("fma"):
                 done = done + x[2]
-            bits = done.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF
-            result = int(bits[0]) | int(bits[1]) << 16
+            result = pair_bits(done.to(dtype))
         else:
             result = _WORDS[operation](a)
         words[target] = result & 0xFFFFFFFF
-    return words["$0"]
+    return sum(words[f"${i}"] << 32 * i for i in range(outputs))
+
+
+def pair_bits(pair: torch.Tensor) -> int:
+    bits = pair.view(torch.int16).to(torch.int32) & 0xFFFF
+    return int(bits[0]) | int(bits[1]) << 16
 
 
 def pair_of(value: float, dtype: torch.dtype) -> int:

@@ -20,7 +20,12 @@ from anybit.kernels.linear.triton_hopper import hopper_case, roles_cases
 from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.kernels.triton import planes_form, planes_launch
 from anybit.kernels.triton.planes_form import Form, form_of
+<<<<<<< HEAD
 from anybit.kernels.triton.planes_hopper_launch import hopper_config, hopper_seconds
+=======
+from anybit.kernels.triton.planes_hopper_launch import hopper_config
+from anybit.kernels.triton.planes_one_launch import ONE_ARCHS, OneConfig, one_constants, planned_one
+>>>>>>> main
 from anybit.kernels.triton.recipes import can_fake_quantize
 from anybit.platforms import Platform
 from anybit.platforms.archs import ARCHS
@@ -35,6 +40,11 @@ _MEMORY_SHARE: Final[Mapping[str, float]] = {"fold": 0.65, "group": 0.7, "row": 
 _FINE_SHARE: Final = 0.5  # scales of groups of 16
 _MORE_TOKENS_SHARE: Final = 0.87  # of that beyond 8 tokens
 _TABLE_SHARE: Final = 0.3  # a look-up for each weight
+# where pairs are decoded in PTX: that share for each bit of a code, as many weights a second whatever their width
+# (H200, M = 1): codes in one plane; in several, or looked up; operands of several pieces
+_SHARE_OF_BIT: Final = 0.165
+_SHARE_OF_BIT_HARDER: Final = 0.105
+_SHARE_OF_BIT_IN_PIECES: Final = 0.06
 # share of the matrix rate of the fused kernel, and of torch's product after expansion
 _FUSED_SHARE: Final = 0.35
 # where decoding runs beside the products: sums of groups, folded scales, those of groups of 16 (H200, M = 256 and 512)
@@ -109,6 +119,7 @@ def matvec_seconds(request: Request, platform: Platform) -> float:
 
 def fused_seconds(request: Request, platform: Platform) -> float:
     """Packed bytes, decoded again for every 128 tokens, or the products, whichever takes longer."""
+<<<<<<< HEAD
     form, (n, k) = form_of(request.scheme, request.shape[-1]), request.shape[-2:]
     modelled = hopper_seconds(form, n, k, request.tokens, platform.arch)
     if modelled is not None and request.kind != "experts":
@@ -116,12 +127,27 @@ def fused_seconds(request: Request, platform: Platform) -> float:
         return _quantize_seconds(request, platform) + max(modelled, _LAUNCH_SECONDS + read)
     is_fine = form.scaling == "fold" and form.group == 16
     share = _TABLE_SHARE if form.kind == "table" else _FINE_SHARE if is_fine else _MEMORY_SHARE[form.scaling]
+=======
+    form = form_of(request.scheme, request.shape[-1])
+    share = _read_share(form, platform)
+>>>>>>> main
     share *= _MORE_TOKENS_SHARE if request.tokens > 8 else 1.0
     passes = max(1.0, -(-request.tokens // 128) * 0.5)
     work = form.terms * (2 if form.addend != "none" else 1)
     read = passes * _bytes(request) / (share * max(platform.bandwidth, 1e9))
     multiply = work * request.flops / (_matrix_share(request, platform, form) * _rate(request, platform))
     return _quantize_seconds(request, platform) + _LAUNCH_SECONDS + _RAMP_SECONDS + max(read, multiply)
+
+
+def _read_share(form: Form, platform: Platform) -> float:
+    """Share of the memory's rate at which few tokens read packed bytes."""
+    if form.scaling == "fold":
+        return _FINE_SHARE if form.group == 16 else _MEMORY_SHARE["fold"]
+    if platform.vendor != "nvidia" or not planes_launch.decodes_in_pairs(form):
+        return _TABLE_SHARE if form.kind == "table" else _MEMORY_SHARE[form.scaling]
+    is_easy = form.kind != "table" and len(form.widths) == 1
+    of_bit = _SHARE_OF_BIT_IN_PIECES if form.terms > 1 else _SHARE_OF_BIT if is_easy else _SHARE_OF_BIT_HARDER
+    return min(_MEMORY_SHARE["group"], of_bit * form.bits)
 
 
 def _matrix_share(request: Request, platform: Platform, form: Form) -> float:
@@ -278,12 +304,35 @@ def _hopper_cases(kernel: str, arch: str, tokens: tuple[int, ...]) -> Iterator[C
                         yield case
 
 
+<<<<<<< HEAD
 def _roles_cases(arch: str) -> Iterator[CompileCase]:
     """Every tile of more than 32 tokens, whichever a shape would have."""
     for name, scheme in _OF_HOPPER.items() if arch == "sm_90" else ():
         for dtype in ("bfloat16", "float16") if name in _MAIN else ("bfloat16",):
             case = _product_case("triton-fused", arch, name, scheme, dtype, 64, _SHAPE)
             yield from roles_cases(replace(case, label=f"{name} {dtype}"), form_of(scheme, _SHAPE[1]))
+=======
+def _one_cases(kernel: str, arch: str) -> Iterator[CompileCase]:
+    """The product of one token in Gluon, of each sample that it takes."""
+    for name, scheme in _SAMPLES.items():
+        form = form_of(scheme, _SHAPE[1])
+        config = planned_one(form, *_SHAPE) if arch in ONE_ARCHS else None
+        for dtype in ("bfloat16", "float16") if name in _MAIN else ("bfloat16",):
+            if config is not None:
+                yield _one_case(_product_case(kernel, arch, name, scheme, dtype, 1, _SHAPE), form, config)
+
+
+def _one_case(case: CompileCase, form: Form, config: OneConfig) -> CompileCase:
+    unused = ("M", "x_stride")
+    constants = one_constants(form, config, _SHAPE[1], is_half=case.types["x_ptr"] == "*fp16",
+                              has_factors=case.constants["TOKENS"], has_bias=True)
+    return replace(
+        case, function="anybit.kernels.triton.planes_one:one_kernel", label=f"registers, {case.label}",
+        types={name: kind for name, kind in case.types.items() if name not in unused}, constants=constants,
+        divisible=tuple(name for name in case.divisible if name not in unused), num_warps=config.warps, num_stages=1,
+        options={"launch_pdl": True},
+    )  # fmt: skip
+>>>>>>> main
 
 
 def _tile_of(case: CompileCase) -> tuple[object, ...]:
@@ -298,8 +347,8 @@ def _product_case(
     config = planes_launch.configure(form, n, k, tokens, arch)
     is_half = dtype == "float16"
     waits = planes_launch.waits(form, tokens, arch, is_quantized=name in _QUANTIZED)
-    fixed: dict[str, Any] = planes_launch.constants(form) | {
-        "R": form.run, "TERMS": planes_launch.terms_of(form, is_half=is_half), "BM": config.tokens, "BN": config.rows,
+    fixed: dict[str, Any] = planes_launch.product_constants(form, k, arch) | {
+        "TERMS": planes_launch.terms_of(form, is_half=is_half), "BM": config.tokens, "BN": config.rows,
         "SPLIT": config.split > 1, "TOKENS": name in _QUANTIZED, "BIAS": True,
         "EVEN": k == form.padded(k), "ASM": config.assembly,
         "WAITS": waits,
@@ -330,7 +379,8 @@ def matvec_cases(arch: str) -> list[CompileCase]:
     """Decode."""
     if not _claims(arch):
         return []
-    return [*_product_cases("triton-matvec", arch, (1,)), *_hopper_cases("triton-matvec", arch, (1,))]
+    return [*_product_cases("triton-matvec", arch, (1,)), *_hopper_cases("triton-matvec", arch, (1,)),
+            *_one_cases("triton-matvec", arch)]
 
 
 def fused_cases(arch: str) -> list[CompileCase]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from anybit.kernels.triton.devices import arch_of
 from anybit.kernels.triton.planes import PARTS, StoredPlanes
 from anybit.kernels.triton.planes_form import Form
-from anybit.kernels.triton.planes_launch import Config, configure, constants, half_factor, terms_of
+from anybit.kernels.triton.planes_launch import Config, configure, half_factor, product_constants, terms_of
 from anybit.kernels.triton.recipes import ARITHMETIC
 from anybit.kernels.triton.segments import Segments
 
@@ -76,7 +76,8 @@ class PlanesStack:
         count = segments.expert.numel()
         if count == 0 or rows == 0:
             return out
-        config = _configured(form, rows, columns, segments, arch_of(x.device))
+        arch = arch_of(x.device)
+        config = _configured(form, rows, columns, segments, arch)
         row, zeros = self._parts[PARTS.index("row")], self._parts[PARTS.index("zeros")]
         padded_rows, padded = row.shape[0], form.padded(columns)
         tiles, split = padded_rows // config.rows, config.split
@@ -89,9 +90,9 @@ class PlanesStack:
             x, *self._parts, row if factors is None else factors, out if self._biases is None else self._biases,
             out, parts, counters, segments.expert, segments.first, segments.length, rows, padded_rows, columns, padded,
             x.stride(0), padded_rows if zeros.shape[0] > 1 else 0, half_factor(form, is_half=is_half), *self._steps,
-            **constants(form), R=form.run, TERMS=terms_of(form, is_half=is_half), BM=config.tokens, BN=config.rows,
-            SPLIT=split > 1, TOKENS=factors is not None, BIAS=self._biases is not None, EVEN=columns == padded,
-            ASM=config.assembly, num_warps=config.warps, num_stages=config.stages,
+            **product_constants(form, columns, arch), TERMS=terms_of(form, is_half=is_half), BM=config.tokens,
+            BN=config.rows, SPLIT=split > 1, TOKENS=factors is not None, BIAS=self._biases is not None,
+            EVEN=columns == padded, ASM=config.assembly, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         return out
 

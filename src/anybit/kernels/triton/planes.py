@@ -30,10 +30,12 @@ from anybit.kernels.triton.planes_launch import (
     constants,
     expansion,
     half_factor,
+    product_constants,
     scratch_rows,
     terms_of,
     waits,
 )
+from anybit.kernels.triton.planes_one_launch import one_config
 from anybit.kernels.triton.planes_prepare import Packed, pack, unpacked
 from anybit.kernels.triton.recipes import can_fake_quantize
 from anybit.numerics.formats import number_format
@@ -252,6 +254,12 @@ class StoredPlanes(Launched):
 
             return hopper_call(hopper, form, rows, self._parts, self._pitch(), self._captured, x, factors, bias,
                                out_dtype, quantize)
+        one = one_config(form, rows, columns, arch) if planned == 1 else None
+        if one is not None:
+            from anybit.kernels.triton.planes_one_run import one_call
+
+            return one_call(one, form, rows, self._parts, self._pitch(), self._captured, x, factors, bias, out_dtype,
+                            quantize)
         config = configure(form, rows, columns, planned, arch)
         row = self._parts[8]  # stands in for what a specialization does not read
         padded_rows, padded, pitch = row.shape[0], form.padded(columns), self._pitch()
@@ -270,7 +278,7 @@ class StoredPlanes(Launched):
              Zeros(tiles, self._captured) if is_split else row, int, rows, pitch, columns, padded,
              x.stride(0) if quantize is None and tokens > 1 else columns,
              pitch if self._parts[5].shape[0] > 1 else 0, half_factor(form, is_half=is_half)],
-            {**constants(form), "R": form.run, "TERMS": terms_of(form, is_half=is_half), "BM": config.tokens,
+            {**product_constants(form, columns, arch), "TERMS": terms_of(form, is_half=is_half), "BM": config.tokens,
              "BN": config.rows, "SPLIT": is_split, "TOKENS": factors is not None, "BIAS": bias is not None,
              "EVEN": columns == padded, "ASM": config.assembly, "WAITS": is_waiting},
             device, num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if is_waiting else {}),

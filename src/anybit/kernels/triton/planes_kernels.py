@@ -17,6 +17,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from anybit.kernels.triton.planes_pairs import (
+    NEGATIVE_2_23,
+    byte_pairs,
+    float_pairs,
+    halves,
+    integer_pairs,
+    keep_table,
+    ones_like,
+    rest,
+    table_pairs,
+    table_values,
+    upper_pairs,
+)
+
 _BF16, _FP16 = tl.constexpr(tl.bfloat16), tl.constexpr(tl.float16)
 
 
@@ -200,6 +214,24 @@ def _number(stored, KIND: tl.constexpr):
 
 
 @triton.jit
+def _small_integer(byte, SIGNED: tl.constexpr):
+    """A byte (int32, 0 to 255) as float32: OR-ed into 2^23, for conversions are slow."""
+    if SIGNED:
+        byte = byte ^ 0x80
+    return (byte | 0x4B000000).to(tl.float32, bitcast=True) - (8388736.0 if SIGNED else 8388608.0)
+
+
+@triton.jit
+def _rounded(value, ROUND: tl.constexpr):
+    """float32 as the format itself rounds it: 1 to float16, 2 to bfloat16."""
+    if ROUND == 1:
+        value = value.to(tl.float16).to(tl.float32)
+    elif ROUND == 2:
+        value = value.to(tl.bfloat16).to(tl.float32)
+    return value
+
+
+@triton.jit
 def _byte(low, high, j: tl.constexpr, SIGNED: tl.constexpr):
     """Byte j of eight that lie in two words."""
     word = low if j < 4 else high
@@ -210,15 +242,26 @@ def _byte(low, high, j: tl.constexpr, SIGNED: tl.constexpr):
 
 
 @triton.jit
+def _above(p, g, rn, NP):
+    """Scales of the second level for rows rn, float32: so few that 32 bits address them."""
+    return tl.load(p + g * NP + rn).to(tl.float32)
+
+
+@triton.jit
 def _group_value(p, above, g, low, high, j: tl.constexpr, rn, NP, WORDS: tl.constexpr, SIGNED: tl.constexpr,
                  KIND: tl.constexpr, SUPER: tl.constexpr):
     """The scale (or addend) of group g for rows rn, float32; from the words where they hold it."""
-    if WORDS:
+    if KIND == 1:
+        if WORDS:
+            value = _small_integer(_byte(low, high, j, False), SIGNED)
+        else:
+            value = _small_integer(tl.load(p + g.to(tl.int64) * NP + rn).to(tl.int32) & 0xFF, SIGNED)
+    elif WORDS:
         value = _number(_byte(low, high, j, SIGNED), KIND)
     else:
         value = _number(tl.load(p + g.to(tl.int64) * NP + rn), KIND)
     if SUPER > 0:
-        value = value * tl.load(above + (g // SUPER).to(tl.int64) * NP + rn).to(tl.float32)
+        value = value * _above(above, g // SUPER, rn, NP)
     return value
 
 
@@ -262,6 +305,7 @@ def matmul_kernel(
 
     DECODE 0 integers, 1 small floats, 2 a table of float32; SCALING 0 row, 1 group, 2 fold, 3 decode;
     ADD 0 none, 1 float zero point, 2 minimum added, 3 subtracted; ROUND 0 none, 1 float16, 2 bfloat16;
+    F, R: fields that a step takes and how many share a scale (`planes_launch.steps`);
     TOKENS: x's rows have float32 factors, which belong to the epilogue.
     WAITS: launched while the kernel before it runs, which it waits for here; the next one may be launched when its sums
     are done (programmatic dependent launch).
@@ -280,17 +324,33 @@ def matmul_kernel(
     per = tl.cdiv(blocks, tl.num_programs(1))
     first = tl.program_id(1) * per
     last = tl.minimum(first + per, blocks)
-    row_elements = blocks * P
-    c_offsets = rn.to(tl.int64)[:, None] * row_elements + first * P + rp[None, :]
+    E: tl.constexpr = F * P if W0 == 8 else P  # elements of a block: bytes have one field each
+    c_offsets = rn.to(tl.int64)[:, None] * (blocks * E) + first * E + rp[None, :]
     x_ptrs = x_ptr + (rm % M).to(tl.int64)[None, :] * x_stride + first * (F * P) + rp[:, None]
     counted = (rm < M)[None, :]  # rows beyond x are not read: one address asked for by all is slow
     acc = tl.zeros((BN, BM), tl.float32)
     zero = tl.full((BN,), ZERO, tl.float32)
+    # scales of scales that a whole block shares meet the sums of the block, where registers hold those too
+    HOISTED: tl.constexpr = BM <= 32 and SCALING == 1 and SSUPER > 0 and SSUPER % (F // R) == 0
+    ADD_HOISTED: tl.constexpr = BM <= 32 and ADD >= 2 and ASUPER > 0 and ASUPER % (F // R) == 0
+    if ASM and DECODE == 2:
+        keep_table(table_ptr)
     for b in range(first, last):
         # what the whole block shares
         q0 = tl.load(c0_ptr + c_offsets)
         q1 = tl.load(c1_ptr + c_offsets) if W1 > 0 else q0
         q2 = tl.load(c2_ptr + c_offsets) if W2 > 0 else q0
+        if ASM and SCALING != 2 and DECODE != 2 and W0 < 8:
+            h0 = halves(q0, False)
+            h_upper = halves(q0, True) if W0 == 4 else h0
+            h1 = halves(q1, False) if W1 > 0 else h0
+            h2 = halves(q2, False) if W2 > 0 else h0
+        if HOISTED:
+            s_above = _above(ss_ptr, b * (F * P) // (G * SSUPER), rn, NP)
+            whole = tl.zeros((BN, BM), tl.float32)
+        if ADD_HOISTED:
+            a_above = _above(as_ptr, b * (F * P) // (G * ASUPER), rn, NP)
+            added = tl.zeros((BN, BM), tl.float32)
         s_low = tl.load(s_ptr + b * 2 * NP + rn) if SWORDS else rn
         s_high = tl.load(s_ptr + (b * 2 + 1) * NP + rn) if SWORDS else rn
         a_low = tl.load(a_ptr + b * 2 * NP + rn) if AWORDS else rn
@@ -307,23 +367,39 @@ def matmul_kernel(
                     byte = tl.load(s_ptr + g.to(tl.int64) * NP + rn).to(tl.int32)
                 folded = _factor(byte, SKIND, D)
             if SCALING == 1 or SCALING == 3:
-                s = _group_value(s_ptr, ss_ptr, g, s_low, s_high, j, rn, NP, SWORDS, SSIGNED, SKIND, SSUPER)
+                s = _group_value(s_ptr, ss_ptr, g, s_low, s_high, j, rn, NP, SWORDS, SSIGNED, SKIND,
+                                 0 if HOISTED else SSUPER)
             part = tl.zeros((BN, BM), tl.float32)
             ones = tl.zeros((BN, BM), tl.float32)
             for r in tl.static_range(R):
+                if W0 == 8 and j * R + r > 0:
+                    q0 = tl.load(c0_ptr + c_offsets + (j * R + r) * P)
                 if EVEN:
                     xi = tl.load(x_ptrs + (j * R + r) * P, mask=counted, other=0.0)
                 else:
                     inside = (b * (F * P) + (j * R + r) * P + rp)[:, None] < K
                     xi = tl.load(x_ptrs + (j * R + r) * P, mask=inside & counted, other=0.0)
                 if ADD > 0:  # the sum of x over the group, in the layout of the product
-                    ones = tl.dot(tl.full((BN, P), 1.0, D), xi, ones)
-                if ASM:
+                    ones = tl.dot(ones_like(q1, D) if ASM and W1 == 1 else tl.full((BN, P), 1.0, D), xi, ones)
+                if ASM and (TERMS == 1 or DECODE != 2):
                     if SCALING == 2:
                         pair = _folded_pair(s_low, s_high, j, SKIND, D)
+                        w = _two_at_once(q0, tl.broadcast_to(pair[:, None], q0.shape), j * R + r, True, D)
+                    elif DECODE == 2:
+                        w = table_pairs(q0, j * R + r, s[:, None] if SCALING == 3 else 0.0, SCALING == 3, D)
+                    elif DECODE == 1:
+                        if W0 == 8:
+                            w = float_pairs(q0, q0, q0, 0, BITS, MANTISSA, BIAS_E, W0, W1, D)
+                        else:
+                            w = float_pairs(h0, h_upper, h1, j * R + r, BITS, MANTISSA, BIAS_E, W0, W1, D)
+                    elif W0 == 8:
+                        w = byte_pairs(q0, (zero.to(tl.int32) + NEGATIVE_2_23)[:, None], D)
+                    elif BM > 16 and W0 == 4 and W1 == 0:  # fewer registers: the words are not held in halves
+                        pair = _zero_pair(zero.to(tl.int32), D)
+                        w = _two_at_once(q0, tl.broadcast_to(pair[:, None], q0.shape), j * R + r, False, D)
                     else:
                         pair = _zero_pair(zero.to(tl.int32), D)
-                    w = _two_at_once(q0, tl.broadcast_to(pair[:, None], q0.shape), j * R + r, SCALING == 2, D)
+                        w = integer_pairs(h0, h_upper, h1, h2, pair[:, None], j * R + r, W0, W1, W2, D)
                     if SCALING == 1:
                         part = tl.dot(w, xi, part)
                     else:
@@ -342,6 +418,19 @@ def matmul_kernel(
                         part = tl.dot(w, xi, part)
                     else:
                         acc = tl.dot(w, xi, acc)
+                elif ASM:
+                    # the float32 value's upper 16 bits, and those of what is left
+                    value = table_values(q0, j * R + r)
+                    if SCALING == 3:
+                        value = _rounded(value * s[:, None], ROUND)
+                    for term in tl.static_range(TERMS):
+                        w = upper_pairs(value)
+                        if term < TERMS - 1:
+                            value = rest(value)
+                        if SCALING == 1:
+                            part = tl.dot(w, xi, part)
+                        else:
+                            acc = tl.dot(w, xi, acc)
                 else:
                     # the float32 value in as many exact pieces as D needs
                     v = _code(q0, q1, q2, j * R + r, W0, W1, W2)
@@ -352,11 +441,7 @@ def matmul_kernel(
                     else:
                         value = tl.load(table_ptr + v)
                     if SCALING == 3:
-                        value = value * s[:, None]
-                        if ROUND == 1:
-                            value = value.to(tl.float16).to(tl.float32)
-                        elif ROUND == 2:
-                            value = value.to(tl.bfloat16).to(tl.float32)
+                        value = _rounded(value * s[:, None], ROUND)
                     for _ in tl.static_range(TERMS):
                         w = value.to(D)
                         value = value - w.to(tl.float32)
@@ -365,16 +450,27 @@ def matmul_kernel(
                         else:
                             acc = tl.dot(w, xi, acc)
             if ADD > 0:
-                a = _group_value(a_ptr, as_ptr, g, a_low, a_high, j, rn, NP, AWORDS, ASIGNED, AKIND, ASUPER)
+                a = _group_value(a_ptr, as_ptr, g, a_low, a_high, j, rn, NP, AWORDS, ASIGNED, AKIND,
+                                 0 if ADD_HOISTED else ASUPER)
                 if ADD == 1:
                     part -= ones * a[:, None]
+                elif ADD_HOISTED:
+                    added += ones * a[:, None]
                 elif ADD == 2:
                     acc += ones * a[:, None]
                 else:
                     acc -= ones * a[:, None]
-            if SCALING == 1:
+            if HOISTED:
+                whole += part * s[:, None]
+            elif SCALING == 1:
                 acc += part * s[:, None]
-        c_offsets += P
+        if HOISTED:
+            acc += whole * s_above[:, None]
+        if ADD_HOISTED and ADD == 2:
+            acc += added * a_above[:, None]
+        elif ADD_HOISTED:
+            acc -= added * a_above[:, None]
+        c_offsets += E
         x_ptrs += F * P
     if WAITS:
         tl.extra.cuda.gdc_launch_dependents()

@@ -5,6 +5,7 @@ The same functions serve the launcher (`planes.py`) and the gate's compile cases
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final
@@ -13,8 +14,8 @@ from anybit.kernels.triton.planes_form import ROWS, Form
 from anybit.platforms import Platform
 from anybit.platforms.archs import ARCHS
 
-__all__ = ["Config", "configure", "constants", "expansion", "half_factor", "refused_arch", "scratch_rows",
-           "terms_of", "waits"]
+__all__ = ["Config", "configure", "constants", "decodes_in_pairs", "expansion", "half_factor", "parts_of",
+           "product_constants", "refused_arch", "scratch_rows", "terms_of", "waits"]
 
 _DECODE: Final = {"int": 0, "float": 1, "table": 2}
 _SCALING: Final = {"row": 0, "group": 1, "fold": 2, "decode": 3}
@@ -60,6 +61,8 @@ def configure(form: Form, rows: int, columns: int, tokens: int, arch: str) -> Co
     """The launch for a product of `tokens` with a weight [rows, columns]; pure."""
     if arch == "sm_90" and _is_measured(form):
         return _hopper(form, -(-rows // ROWS) * ROWS, columns, tokens)
+    if arch == "sm_90" and tokens <= 16 and decodes_in_pairs(form):
+        return _hopper_pairs(form, -(-rows // ROWS) * ROWS, columns, tokens)
     is_amd = ARCHS[arch].vendor == "amd"
     is_wide = ARCHS[arch].wave == 64
     padded = -(-rows // ROWS) * ROWS
@@ -86,21 +89,30 @@ def configure(form: Form, rows: int, columns: int, tokens: int, arch: str) -> Co
     if form.bits == 8 or form.terms > 1 or form.addend != "none":
         bm, bn = min(bm, 64), min(bn, 64)
         warps, stages = min(warps, 4), min(stages, 3)
+    if form.addend_super and bm == 64 and not is_amd and arch not in _LARGE_TILES:
+        warps = 8  # sums of x and of groups beside the accumulator: half as many registers a thread
     if arch in _FIFTH and form.scaling == "group" and form.fields // form.run >= 8:
         bm = min(bm, 32)
     if form.terms > 1 or arch == "sm_86" or arch == "sm_89" or arch.startswith("sm_12"):
         stages = 2  # 99 KiB of shared memory
-    if form.kind == "table":
+    assembly = ARCHS[arch].vendor == "nvidia" and decodes_in_pairs(form)
+    if form.kind == "table" and not assembly:
         stages = 1  # the pipeline would send the look-ups through shared memory too
     tiles = padded // bn * -(-tokens // bm)
     split = 1
     if tokens <= _SPLIT_TOKENS:
-        blocks = columns // form.block
+        blocks = columns // (steps(form, columns, arch)[0] * form.tile)
         split = max(1, min(16, _BLOCKS[arch] // tiles, blocks // 4))
         if arch == "sm_90" and split == 1 and tokens <= 8 and tiles <= _BLOCKS[arch] and blocks >= 8:
             split = 2  # 5 to 25 % faster than programs of one round that are not all done at once
-    assembly = ARCHS[arch].vendor == "nvidia" and form.widths == (4,) and form.kind != "table" and form.terms == 1
-    return Config(bm, bn, split, warps, stages, assembly and (form.kind == "int" or form.scaling == "fold"))
+    return Config(bm, bn, split, warps, stages, assembly)
+
+
+def decodes_in_pairs(form: Form) -> bool:
+    """True if `planes_pairs` decodes the form: no codes of NaN, no rounding of the format itself but of tables."""
+    if form.kind == "table":
+        return form.widths == (4,)
+    return form.scaling != "decode" and form.special == 0 and (form.kind == "int" or len(form.widths) <= 2)
 
 
 def _is_measured(form: Form) -> bool:
@@ -133,7 +145,7 @@ def _hopper(form: Form, rows: int, columns: int, tokens: int) -> Config:
             tile = Config(64, 128, stages=2)
         wanted, most = (_MULTIPROCESSORS if tokens <= 256 else 1), 4
     tiles = rows // tile.rows * -(-tokens // tile.tokens)
-    split = _parts(columns // form.block, wanted // tiles, most)
+    split = parts_of(columns // form.block, wanted // tiles, most)
     return replace(tile, split=split, assembly=True)
 
 
@@ -146,15 +158,36 @@ def _hopper_few(form: Form, rows: int, columns: int, tokens: int) -> Config:
     least = 4 if is_fine else 2
     if tokens <= 8:
         if wide and is_fine:
-            return replace(Config(8, 128, 1, 2), split=_parts(blocks, 528 // (rows // 128), 8, least), assembly=True)
+            return replace(Config(8, 128, 1, 2), split=parts_of(blocks, 528 // (rows // 128), 8, least), assembly=True)
         tile = Config(8, 32 if is_small and is_fine else 128 if is_huge else 64, warps=4 if is_huge else 2)
         wanted = 1056 if is_huge else 792
     elif rows % 128 == 0 and not is_small and (is_fine or is_huge or columns >= 8192 or (wide and bm == 32)):
         split = _even_parts(rows // 128)
-        return replace(Config(bm, 128), split=_parts(blocks, split, 8, least), assembly=True)
+        return replace(Config(bm, 128), split=parts_of(blocks, split, 8, least), assembly=True)
     else:
         tile, wanted = Config(bm, 64, warps=4 if bm == 32 or is_small else 2), 528
-    return replace(tile, split=_parts(blocks, wanted // (rows // tile.rows), 8, least), assembly=True)
+    return replace(tile, split=parts_of(blocks, wanted // (rows // tile.rows), 8, least), assembly=True)
+
+
+def _hopper_pairs(form: Form, rows: int, columns: int, tokens: int) -> Config:
+    """As measured on an H200 for 4096 x 4096, 14336 x 4096 and 4096 x 28672: forms that `_is_measured` leaves out.
+
+    Programs of two warps: x of 16 inputs is then copied four bytes at a time, and so are scales that the operand takes.
+    """
+    bm = 8 if tokens <= 8 else 16
+    is_wide = rows >= 128 * _MULTIPROCESSORS
+    if form.scaling == "decode":
+        tile, wanted = Config(bm, 64, warps=2), 792
+    elif form.bits == 8:
+        is_fine = form.tile < 128
+        tile = Config(bm, 64, warps=2) if is_wide and (bm == 16 or is_fine) else Config(bm, 32, warps=2)
+        wanted = 1584 if is_fine else 792 if bm == 8 else 528
+    elif bm == 8:
+        tile, wanted = Config(bm, 32, warps=2), 792
+    else:
+        tile, wanted = Config(bm, 64), 528 if form.group <= 32 else 900
+    blocks = columns // (steps(form, columns, "sm_90")[0] * form.tile)
+    return replace(tile, split=parts_of(blocks, wanted // (rows // tile.rows), 16), assembly=True)
 
 
 def _even_parts(tiles: int) -> int:
@@ -177,7 +210,7 @@ def _hopper_64(*, is_sum: bool, is_fine: bool, wide: bool, even: bool) -> Config
     return Config(64, 128, warps=8, stages=2) if wide else Config(64, 64)
 
 
-def _parts(blocks: int, wanted: int, most: int, least: int = 2) -> int:
+def parts_of(blocks: int, wanted: int, most: int, least: int = 2) -> int:
     """Parts of K: at most `most`, each with at least `least` blocks, none without work."""
     split = max(1, min(wanted, most, blocks // least))
     while split > 1 and -(-blocks // split) * (split - 1) >= blocks:
@@ -228,6 +261,24 @@ def constants(form: Form) -> dict[str, Any]:
         "AWORDS": form.addend_words, "ASIGNED": form.signed_addends, "MANTISSA": form.mantissa, "BIAS_E": form.bias,
         "SPECIAL": form.special, "ROUND": _ROUNDS[form.round_to],
     }  # fmt: skip
+
+
+def steps(form: Form, columns: int, arch: str) -> tuple[int, int]:
+    """Fields that a step of the product's loop takes, and how many of them share a scale.
+
+    A block of the layout; of bytes, whose blocks are one tile, two tiles of 128 inputs where registers hold them.
+    """
+    tiles = form.padded(columns) // form.tile
+    if form.bits == 8 and form.tile == 128 and tiles % 2 == 0 and ARCHS[arch].vendor == "nvidia":
+        return 2, math.gcd(form.group // form.tile, 2)
+    return form.fields, form.run
+
+
+@lru_cache(maxsize=1024)
+def product_constants(form: Form, columns: int, arch: str) -> dict[str, Any]:
+    """Those of the product of a weight with K = `columns`; the same mapping at every call."""
+    fields, run = steps(form, columns, arch)
+    return constants(form) | {"F": fields, "R": run}
 
 
 def terms_of(form: Form, *, is_half: bool) -> int:
