@@ -20,12 +20,8 @@ from anybit.kernels.linear.triton_hopper import hopper_case, roles_cases
 from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.kernels.triton import planes_form, planes_launch
 from anybit.kernels.triton.planes_form import Form, form_of
-<<<<<<< HEAD
 from anybit.kernels.triton.planes_hopper_launch import hopper_config, hopper_seconds
-=======
-from anybit.kernels.triton.planes_hopper_launch import hopper_config
 from anybit.kernels.triton.planes_one_launch import ONE_ARCHS, OneConfig, one_constants, planned_one
->>>>>>> main
 from anybit.kernels.triton.recipes import can_fake_quantize
 from anybit.platforms import Platform
 from anybit.platforms.archs import ARCHS
@@ -119,18 +115,12 @@ def matvec_seconds(request: Request, platform: Platform) -> float:
 
 def fused_seconds(request: Request, platform: Platform) -> float:
     """Packed bytes, decoded again for every 128 tokens, or the products, whichever takes longer."""
-<<<<<<< HEAD
     form, (n, k) = form_of(request.scheme, request.shape[-1]), request.shape[-2:]
     modelled = hopper_seconds(form, n, k, request.tokens, platform.arch)
     if modelled is not None and request.kind != "experts":
         read = _bytes(request) / max(platform.bandwidth, 1e9)
         return _quantize_seconds(request, platform) + max(modelled, _LAUNCH_SECONDS + read)
-    is_fine = form.scaling == "fold" and form.group == 16
-    share = _TABLE_SHARE if form.kind == "table" else _FINE_SHARE if is_fine else _MEMORY_SHARE[form.scaling]
-=======
-    form = form_of(request.scheme, request.shape[-1])
     share = _read_share(form, platform)
->>>>>>> main
     share *= _MORE_TOKENS_SHARE if request.tokens > 8 else 1.0
     passes = max(1.0, -(-request.tokens // 128) * 0.5)
     work = form.terms * (2 if form.addend != "none" else 1)
@@ -304,14 +294,14 @@ def _hopper_cases(kernel: str, arch: str, tokens: tuple[int, ...]) -> Iterator[C
                         yield case
 
 
-<<<<<<< HEAD
 def _roles_cases(arch: str) -> Iterator[CompileCase]:
     """Every tile of more than 32 tokens, whichever a shape would have."""
     for name, scheme in _OF_HOPPER.items() if arch == "sm_90" else ():
         for dtype in ("bfloat16", "float16") if name in _MAIN else ("bfloat16",):
             case = _product_case("triton-fused", arch, name, scheme, dtype, 64, _SHAPE)
             yield from roles_cases(replace(case, label=f"{name} {dtype}"), form_of(scheme, _SHAPE[1]))
-=======
+
+
 def _one_cases(kernel: str, arch: str) -> Iterator[CompileCase]:
     """The product of one token in Gluon, of each sample that it takes."""
     for name, scheme in _SAMPLES.items():
@@ -332,7 +322,6 @@ def _one_case(case: CompileCase, form: Form, config: OneConfig) -> CompileCase:
         divisible=tuple(name for name in case.divisible if name not in unused), num_warps=config.warps, num_stages=1,
         options={"launch_pdl": True},
     )  # fmt: skip
->>>>>>> main
 
 
 def _tile_of(case: CompileCase) -> tuple[object, ...]:

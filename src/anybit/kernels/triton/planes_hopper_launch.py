@@ -18,7 +18,8 @@ from anybit.kernels.triton.planes_form import ROWS, Form
 from anybit.kernels.triton.planes_hopper_roles_launch import RolesConfig, roles_planned
 from anybit.kernels.triton.planes_launch import constants
 
-__all__ = ["HopperConfig", "hopper_config", "hopper_constants", "hopper_seconds", "planned", "shared_bytes", "takes"]
+__all__ = ["HopperConfig", "has_gluon", "hopper_config", "hopper_constants", "hopper_seconds", "planned",
+           "shared_bytes", "takes"]
 
 _ARCH: Final = "sm_90"
 _MULTIPROCESSORS: Final = 132
@@ -50,6 +51,11 @@ def _triton() -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
+def has_gluon() -> bool:
+    """True if a Triton is installed whose Gluon compiles `few_kernel`."""
+    return _FIRST <= _triton() <= _LAST
+
+
 def takes(form: Form) -> bool:
     """Codes of 4 bits: integers with float scales of groups or rows, fp4 with folded scales."""
     if form.widths != (4,) or form.terms != 1 or form.addend != "none" or form.kind == "table":
@@ -62,7 +68,7 @@ def takes(form: Form) -> bool:
 @lru_cache(maxsize=4096)
 def hopper_config(form: Form, rows: int, columns: int, tokens: int, arch: str) -> HopperConfig | RolesConfig | None:
     """The launch for a product of `tokens` with a weight [rows, columns]; None where `planes_launch` has it."""
-    if arch != _ARCH or not _FIRST <= _triton() <= _LAST:
+    if arch != _ARCH or not has_gluon():
         return None
     made = planned(form, rows, columns, tokens)
     return None if isinstance(made, RolesConfig) and _triton() < _SPECIALIZES else made
