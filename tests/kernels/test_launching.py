@@ -129,6 +129,22 @@ def test_a_tensor_that_a_call_brings_as_a_descriptor_is_described_anew_at_each_c
     assert len(kernel.by_triton) == 2
 
 
+def test_rows_of_three_dimensions_are_described_as_rows(device: SimpleNamespace) -> None:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    kernel = Kernel("x", "out", "M")
+    launch = Launch(kernel, [Given(torch.bfloat16, (16, 64), NVMMASharedLayout(128, 16, 2)), torch.bfloat16, int], {}, CPU)
+    out = torch.zeros(1, 3, 16, dtype=torch.bfloat16)
+    first, second = (torch.zeros(1, 3, 48, dtype=torch.bfloat16) for _ in range(2))
+    launch(4, 2, stream_of(0), None, (first, out), 3)
+    described = kernel.by_triton[0][1][0]
+    assert (list(described.shape), list(described.strides)) == ([3, 48], [48, 1])
+    assert described.base.data_ptr() == first.data_ptr()
+    launch(4, 2, stream_of(0), None, (second, out), 3)
+    (*_, moved, _, _), = kernel.past
+    assert (moved.base.data_ptr(), moved.shape, moved.strides) == (second.data_ptr(), [3, 48], [48, 1])
+
+
 @pytest.mark.parametrize("odd", ["an unaligned first call", "a version that nobody has read", "a hook on the kernel"])
 def test_nothing_is_remembered_of_a_first_launch_that_later_ones_may_differ_from(
     device: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, odd: str

@@ -57,7 +57,7 @@ class Described(NamedTuple):
 
 
 class Given(NamedTuple):
-    """A tensor [rows, columns] of this dtype that a call brings, given as a tensor descriptor of Gluon."""
+    """Rows [.., columns] of this dtype that a call brings, given as a tensor descriptor [rows, columns] of Gluon."""
 
     dtype: torch.dtype
     block: tuple[int, int]
@@ -148,7 +148,7 @@ class Launch:
             if isinstance(argument, torch.dtype):
                 arguments[place] = next(brought)
             elif isinstance(argument, Given):
-                arguments[place] = described(next(brought), argument.block, argument.layout)
+                arguments[place] = described(next(brought).flatten(0, -2), argument.block, argument.layout)
             elif argument is int:
                 arguments[place] = count
             elif isinstance(argument, Piece):
