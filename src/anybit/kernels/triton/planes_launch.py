@@ -96,8 +96,8 @@ def configure(form: Form, rows: int, columns: int, tokens: int, arch: str) -> Co
     if form.terms > 1 or arch == "sm_86" or arch == "sm_89" or arch.startswith("sm_12"):
         stages = 2  # 99 KiB of shared memory
     assembly = ARCHS[arch].vendor == "nvidia" and decodes_in_pairs(form)
-    if form.kind == "table" and not assembly:
-        stages = 1  # the pipeline would send the look-ups through shared memory too
+    if form.kind == "table" and (not assembly or bm > 64):
+        stages = 1  # the pipeline would send the look-ups through shared memory too, or hold all x of a block
     tiles = padded // bn * -(-tokens // bm)
     split = 1
     if tokens <= _SPLIT_TOKENS:
