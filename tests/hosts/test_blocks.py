@@ -67,6 +67,36 @@ def chained(model: Any) -> bool:
     return "forward" in model.model.__dict__
 
 
+class Adapter(torch.nn.Module):
+    """Put in place of a layer after the model was loaded."""
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.base(x)
+
+
+@pytest.mark.parametrize("how", ["replaced", "hooked", "patched"])
+def test_a_layer_that_was_changed_after_loading_is_called(how: str) -> None:
+    model, plain = loaded(FOLDERS[0]), loaded(FOLDERS[0])
+    mlp = model.model.layers[1].mlp
+    if how == "replaced":
+        mlp.up_proj = Adapter(mlp.up_proj)
+    elif how == "hooked":
+        mlp.up_proj.register_forward_hook(lambda module, given, y: 2 * y)
+    else:
+        own = mlp.up_proj.forward
+        mlp.up_proj.forward = lambda x: 2 * own(x)
+    found = step_logits(model, 6)
+    assert not torch.allclose(found, step_logits(plain, 6), rtol=1e-3)
+    host_only(model)
+    model.model.__dict__.pop("forward", None)
+    wanted = step_logits(model, 6)
+    assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("name", genuine("gptq-w4-g128-*", "ct-llama-w4a16-g128"))
 def test_plain_from_pretrained_takes_the_short_way_too(name: str) -> None:
     from transformers import AutoModelForCausalLM

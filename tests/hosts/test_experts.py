@@ -95,3 +95,29 @@ def test_gradients_go_through_the_products() -> None:
     x.requires_grad_()
     layer(x, index, weights).sum().backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("how", ["replaced", "hooked"])
+def test_an_expert_that_was_changed_after_loading_is_called(how: str) -> None:
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base = base
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.base(x)
+
+    layer = layer_of("int4_g32_asym")
+    given = routed(2, EXPERTS, torch.float32)
+    with torch.inference_mode():
+        before = layer(*given)
+        parts = layer._modules["1"]
+        if how == "replaced":
+            parts["up_proj"] = Adapter(parts["up_proj"])  # type: ignore[index]
+        else:
+            parts["up_proj"].register_forward_hook(lambda module, x, y: 2 * y)  # type: ignore[index]
+        assert not torch.allclose(layer(*given), before)
+        one = (given[0], torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))  # of an expert as it was
+        found = layer(*one)
+        layer._together_on_cpu = {}
+        assert torch.equal(found, layer(*one))

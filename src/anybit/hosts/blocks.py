@@ -28,6 +28,9 @@ _ROOM: Final = 256  # tokens by which a cache grows at least
 _TOLERANCE: Final = 2e-5  # of the largest magnitude; the order of sums differs
 _PROBE_TOKENS: Final = 5
 RECORDED: Final = ("output_attentions", "output_hidden_states")
+_OF_BLOCK: Final = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+_OF_ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj")
+_OF_MLP: Final = ("gate_proj", "up_proj", "down_proj")
 
 
 def shorten_steps(model: nn.Module) -> dict[nn.Module, ShortWay]:
@@ -76,12 +79,31 @@ def _joined(parent: nn.Module, *names: str) -> list[Planes] | None:
     return None if any(f is None for f in found) else [plane for f in found if f is not None for plane in f]
 
 
+Found = tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]
+
+
+def parts_of(layer: nn.Module) -> Found:
+    """The modules of a block that its short way stands for, each with its parent's table and its name there."""
+    attention, mlp = cast("Any", layer).self_attn, cast("Any", layer).mlp
+    places = ((layer, _OF_BLOCK), (attention, _OF_ATTENTION), (mlp, _OF_MLP))
+    tables = [(cast("nn.Module", parent)._modules, name) for parent, names in places for name in names]
+    return tuple((table, name, module) for table, name in tables if (module := table.get(name)) is not None)
+
+
+def are_in_place(found: Found) -> bool:
+    """False while another module is in the place of one (an adapter), or one is hooked or patched."""
+    return all(table.get(name) is module and not module._forward_hooks and not module._forward_pre_hooks
+               and "forward" not in module.__dict__ for table, name, module in found)
+
+
 class ShortWay:
     """One block's call, and what must hold for it."""
 
-    def __init__(self, block: Block, index: int) -> None:
+    def __init__(self, block: Block, index: int, found: Found = ()) -> None:
+        """`found`: what `parts_of` says of the host's block."""
         self.block = block
         self.index = index
+        self.found = found
         self.takes_prompts = False  # until proven
         self.forward: Callable[..., Any] | None = None  # what the layer got
 
@@ -145,7 +167,7 @@ def _short_way(layer: nn.Module, config: Any) -> ShortWay | None:
     scaling = float(getattr(attention, "scaling", dim**-0.5))
     parts = BlockParts(qkv, o, gate_up, down, first, second, q_norm, k_norm, eps, scaling, heads, kv_heads, dim)
     index = getattr(attention, "layer_idx", None)
-    return None if not isinstance(index, int) else ShortWay(Block(parts), index)
+    return None if not isinstance(index, int) else ShortWay(Block(parts), index, parts_of(layer))
 
 
 def _weight_of(norm: object) -> Tensor | None:
@@ -284,6 +306,7 @@ def _install(layer: nn.Module, short: ShortWay) -> None:
             and rotation is not None and cache is not None and kwargs.get("attention_mask") is None
             and not torch.is_grad_enabled() and hidden_states.is_contiguous() and hidden_states.device.type == "cpu"
             and not any(kwargs.get(name) for name in RECORDED) and not torch.compiler.is_compiling()
+            and are_in_place(short.found)
         ):
             cosine, sine = rotation
             fits = cosine.dtype == torch.float32 and cosine.numel() == tokens * dim

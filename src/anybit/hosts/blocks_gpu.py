@@ -21,7 +21,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from anybit.hosts.blocks import RECORDED, decoder_layers, own_forward
+from anybit.hosts.blocks import RECORDED, Found, are_in_place, decoder_layers, own_forward
 from anybit.hosts.blocks_parts import Products, products_of
 from anybit.hosts.modules import AnybitLinear
 from anybit.kernels.triton.block import AS_THEY_ARE, Attention, Gate, Norm, Rows
@@ -95,7 +95,7 @@ class ShortWay:
     """
 
     index: int
-    found: tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]
+    found: Found
     first: Reader
     qkv: Products
     attention: Attention
@@ -116,8 +116,7 @@ class ShortWay:
     @property
     def is_whole(self) -> bool:
         """False while another module is in the place of one (an adapter), or one is hooked or patched."""
-        return all(table.get(name) is module and not module._forward_hooks and not module._forward_pre_hooks
-                   and "forward" not in module.__dict__ for table, name, module in self.found)
+        return are_in_place(self.found)
 
     def __call__(
         self, x: Tensor, cosine: Tensor, sine: Tensor, layer: Any, mask: Tensor | None, *, leads: bool = False

@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from anybit.hosts.blocks import ShortWay, close, is_plain_layer, own_forward, room_of
+from anybit.hosts.blocks import ShortWay, are_in_place, close, is_plain_layer, own_forward, room_of
 from anybit.kernels.native.block import Caches, Chain
 
 _PROBE: Final = (1, 2, 3, 5, 7, 4)  # tokens; the last one's step is compared
@@ -63,6 +63,7 @@ class _Steps:
         self.output = BaseModelOutputWithPast
         self._base = cast("Any", weakref.proxy(base))  # a cycle would keep a deleted model for a while
         self._layers = [(layer, short.forward) for layer, short in zip(layers, shorts, strict=True)]
+        self._found = tuple(found for short in shorts for found in short.found)
         self._chain = Chain([short.block for short in shorts])
 
     def __call__(self, given: dict[str, Any]) -> Any | None:
@@ -91,7 +92,7 @@ class _Steps:
         return all(
             layer.__dict__.get("forward") is forward and not layer._forward_hooks and not layer._forward_pre_hooks
             for layer, forward in self._layers
-        )
+        ) and are_in_place(self._found)
 
     def _step(self, ids: Tensor, cache: Any, caches: Caches, tokens: int) -> Any | None:
         base = self._base

@@ -7,7 +7,7 @@ be another weight. Each module binds its kernel again after its buffers have mov
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -206,7 +206,9 @@ class AnybitExperts(nn.Module):
         if self._runs_at_once(hidden_states, top_k_index):
             return self._at_once(hidden_states, top_k_index, top_k_weights)
         if self._are_few(hidden_states):
-            return self._of_few(hidden_states, top_k_index, top_k_weights)
+            found = self._of_few(hidden_states, top_k_index, top_k_weights)
+            if found is not None:
+                return found
         result = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             if expert >= self.num_experts:  # the mark of an expert on another device
@@ -236,7 +238,8 @@ class AnybitExperts(nn.Module):
             return False
         if not self._stacks or not x.is_cuda or not all(stack.takes(x.dtype) for stack in self._stacks.values()):
             return False
-        return index.numel() < _ROWS_OF_ONE * self.num_experts or torch.cuda.is_current_stream_capturing()
+        is_faster = index.numel() < _ROWS_OF_ONE * self.num_experts or torch.cuda.is_current_stream_capturing()
+        return is_faster and self._are_in_place(range(self.num_experts))
 
     def _at_once(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         from anybit.kernels.triton.segments import Segments
@@ -251,6 +254,17 @@ class AnybitExperts(nn.Module):
         out = out.view(x.shape[0], chosen, out.shape[-1])
         return (out.float() * weights[..., None]).sum(1).to(x.dtype)
 
+    def _are_in_place(self, experts: Iterable[int]) -> bool:
+        """False while another module is in the place of a projection (an adapter), or one is hooked or patched."""
+        for expert in experts:
+            table = cast("nn.ModuleDict", self._modules[str(expert)])._modules
+            for name, products in self._projections.items():
+                module = products[expert]
+                if table.get(name) is not module or module._forward_hooks or module._forward_pre_hooks or (
+                        "forward" in module.__dict__):
+                    return False
+        return True
+
     # --- the experts of a few tokens in one call a projection, on a CPU ---
 
     def _are_few(self, x: Tensor) -> bool:
@@ -259,10 +273,11 @@ class AnybitExperts(nn.Module):
             return False
         return bool(self._together_on_cpu) and x.shape[0] <= REGIMES["decode"][0] and x.dtype in _OF_LIBRARY
 
-    def _of_few(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """What the loop gives: the same sums in the same order."""
+    def _of_few(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
+        """What the loop gives: the same sums in the same order. None where a chosen expert is not as it was loaded."""
         chosen, numbers = index.shape[-1], index.flatten().tolist()
-        pairs = sorted((p for p, expert in enumerate(numbers) if expert < self.num_experts), key=numbers.__getitem__)
+        here = (p for p, expert in enumerate(numbers) if 0 <= expert < self.num_experts)
+        pairs = sorted(here, key=numbers.__getitem__)
         result = torch.zeros_like(x)
         if not pairs:
             return result
@@ -273,6 +288,8 @@ class AnybitExperts(nn.Module):
                 experts.append(numbers[pair])
                 first.append(place)
         first.append(len(pairs))
+        if not self._are_in_place(experts):
+            return None
         order = torch.tensor(pairs)
         token = order // chosen
         rows = token.to(torch.int32)

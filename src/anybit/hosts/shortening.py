@@ -24,7 +24,7 @@ def shorten(model: Any, plan: Plan, device: torch.device) -> None:
             run_small_steps_alone(model)
             if plan.dtype == "float32" and not keeps_rows_apart:
                 chain_steps(model, blocks.shorten_steps(model))
-    elif not keeps_rows_apart and find_spec("triton") is not None:
+    elif device.type == "cuda" and not keeps_rows_apart and find_spec("triton") is not None:
         from anybit.hosts import blocks_gpu
 
         with torch.cuda.device(model.device):

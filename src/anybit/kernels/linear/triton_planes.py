@@ -142,7 +142,7 @@ def _read_share(form: Form, platform: Platform) -> float:
 
 def _matrix_share(request: Request, platform: Platform, form: Form) -> float:
     n, k = request.shape[-2:]
-    if hopper_config(form, n, k, request.tokens, platform.arch) is None:
+    if request.kind == "experts" or hopper_config(form, n, k, request.tokens, platform.arch) is None:
         return _FUSED_SHARE
     return _FINE_GLUON_SHARE if form.group == 16 and form.scaling == "fold" else _GLUON_SHARE[form.scaling]
 
@@ -152,8 +152,9 @@ def expand_seconds(request: Request, platform: Platform) -> float:
     n, k = request.shape[-2:]
     moved = _bytes(request) + 2.0 * n * k
     launches = 2 * -(-n // max(planes_launch.scratch_rows(n, k), 1)) * _LAUNCH_SECONDS
-    product = max(request.flops / (_EXPANDED_SHARE * _rate(request, platform)), 2.0 * n * k / platform.bandwidth)
-    write = moved / (_EXPAND_BYTES_SHARE * max(platform.bandwidth, 1e9))
+    bandwidth = max(platform.bandwidth, 1e9)
+    product = max(request.flops / (_EXPANDED_SHARE * _rate(request, platform)), 2.0 * n * k / bandwidth)
+    write = moved / (_EXPAND_BYTES_SHARE * bandwidth)
     return _quantize_seconds(request, platform) + launches + write + product
 
 

@@ -64,8 +64,9 @@ typedef struct {
     float power;
 } anybit_minifloat;
 
-/* One array beside the codes. Entry of weight [n, k]: data + (n / row_block) * row_stride + (k / group) elements; group 0 = one entry for the whole row. Strides are in bytes. data NULL = absent. Groups are
- * multiples of 16 columns. 64 bytes beyond the last entry must be readable: entries are converted 16 at a time. */
+/* One array beside the codes. Entry of weight [n, k]: data + (n / row_block) * row_stride + (k / group) elements; group
+ * 0 = one entry for the whole row. Strides are in bytes. data NULL = absent. Groups are multiples of 16 columns. 64 bytes
+ * beyond the last entry must be readable: entries are converted 16 at a time. */
 typedef struct {
     const void *data;
     int64_t row_stride, row_block, group;

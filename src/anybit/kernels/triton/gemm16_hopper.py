@@ -30,7 +30,7 @@ def takes(x: Tensor, weight: Tensor, out: Tensor) -> bool:
     """True where `product_into` computes out [M, N] from x [M, K] and a weight [N, K]."""
     return (
         x.device.type == "cuda" and arch_of(x.device) == ARCH and version() in VERSIONS
-        and x.dtype in _DTYPES and out.dtype in _DTYPES and x.stride(1) == 1
+        and x.dtype in _DTYPES and out.dtype in _DTYPES and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
         and weight.is_contiguous() and all(_is_aligned(t) for t in (x, weight, out))
         and configure_gemm16(*out.shape, x.shape[1]) is not None
     )  # fmt: skip

@@ -157,9 +157,16 @@ class Launch:
                 arguments[place] = _described(scratch, argument)
             elif isinstance(argument, Zeros):
                 arguments[place] = self._zeros_of(argument)
+        if self._past is None and "launch_pdl" in self._options and self._device.type == "cuda":
+            self._see_weights()
         found = self._kernel[(x, y)](*arguments, **self._constants, **self._options)
         if self._past is None and _may_pass(self._device, self._kernel) and self._is_usual(scratch, tensors):
             self._compiled, self._past = found, self._taken(found, arguments)
+
+    def _see_weights(self) -> None:
+        """Wait for what was queued before a first launch: it may write the weight, read without a wait."""
+        if not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _zeros_of(self, wanted: Zeros) -> Tensor:
         if self._device.type not in _LAUNCHED:  # the interpreter

@@ -83,7 +83,7 @@ def hopper_seconds(form: Form, rows: int, columns: int, tokens: int, arch: str) 
 
 def planned(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig | RolesConfig | None:
     """The same, whatever is installed; pure."""
-    if columns % _ALIGNED or not takes(form):
+    if columns % _ALIGNED or not rows or not takes(form):
         return None
     rows = -(-rows // ROWS) * ROWS
     return _few(form, rows, columns, tokens) if tokens <= 32 else roles_planned(form, rows, columns, tokens)[1]

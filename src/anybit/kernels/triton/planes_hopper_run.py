@@ -136,7 +136,7 @@ def _by_roles(
     )  # fmt: skip
     apart = x.stride(0) if tokens > 1 else columns
     return AlignedCall((tokens, rows), out_dtype, x.device, tokens, size, quantize, made,
-                       (config.grid(tokens, padded_rows), 1), copies=apart % _ALIGNED_ELEMENTS != 0)
+                       (config.grid(tokens, padded_rows), 1), copies=apart % _ALIGNED_ELEMENTS != 0 or apart < columns)
 
 
 def _in_a_row(values: Tensor, block: int) -> object:
