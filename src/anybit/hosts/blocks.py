@@ -18,7 +18,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from anybit.hosts.modules import AnybitLinear
+from anybit.hosts.modules import AnybitLinear, Place, are_in_place
 from anybit.kernels.linear.planes_native import StoredPlanes
 from anybit.kernels.linear.planes_unit import StoredPart, whole_unit
 from anybit.kernels.native.block import Block, BlockParts
@@ -28,9 +28,9 @@ _ROOM: Final = 256  # tokens by which a cache grows at least
 _TOLERANCE: Final = 2e-5  # of the largest magnitude; the order of sums differs
 _PROBE_TOKENS: Final = 5
 RECORDED: Final = ("output_attentions", "output_hidden_states")
-_OF_BLOCK: Final = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-_OF_ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj")
-_OF_MLP: Final = ("gate_proj", "up_proj", "down_proj")
+OF_BLOCK: Final = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+OF_ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj")
+OF_MLP: Final = ("gate_proj", "up_proj", "down_proj")
 
 
 def shorten_steps(model: nn.Module) -> dict[nn.Module, ShortWay]:
@@ -79,27 +79,18 @@ def _joined(parent: nn.Module, *names: str) -> list[Planes] | None:
     return None if any(f is None for f in found) else [plane for f in found if f is not None for plane in f]
 
 
-Found = tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]
-
-
-def parts_of(layer: nn.Module) -> Found:
+def parts_of(layer: nn.Module) -> tuple[Place, ...]:
     """The modules of a block that its short way stands for, each with its parent's table and its name there."""
     attention, mlp = cast("Any", layer).self_attn, cast("Any", layer).mlp
-    places = ((layer, _OF_BLOCK), (attention, _OF_ATTENTION), (mlp, _OF_MLP))
+    places = ((layer, OF_BLOCK), (attention, OF_ATTENTION), (mlp, OF_MLP))
     tables = [(cast("nn.Module", parent)._modules, name) for parent, names in places for name in names]
     return tuple((table, name, module) for table, name in tables if (module := table.get(name)) is not None)
-
-
-def are_in_place(found: Found) -> bool:
-    """False while another module is in the place of one (an adapter), or one is hooked or patched."""
-    return all(table.get(name) is module and not module._forward_hooks and not module._forward_pre_hooks
-               and "forward" not in module.__dict__ for table, name, module in found)
 
 
 class ShortWay:
     """One block's call, and what must hold for it."""
 
-    def __init__(self, block: Block, index: int, found: Found = ()) -> None:
+    def __init__(self, block: Block, index: int, found: tuple[Place, ...] = ()) -> None:
         """`found`: what `parts_of` says of the host's block."""
         self.block = block
         self.index = index

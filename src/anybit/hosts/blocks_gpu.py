@@ -21,9 +21,9 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from anybit.hosts.blocks import RECORDED, Found, are_in_place, decoder_layers, own_forward
+from anybit.hosts.blocks import OF_ATTENTION, OF_BLOCK, OF_MLP, RECORDED, decoder_layers, own_forward, parts_of
 from anybit.hosts.blocks_parts import Products, products_of
-from anybit.hosts.modules import AnybitLinear
+from anybit.hosts.modules import AnybitLinear, Place, are_in_place
 from anybit.kernels.triton.block import AS_THEY_ARE, Attention, Gate, Norm, Rows
 from anybit.kernels.triton.block_launch import LARGEST_M, LARGEST_ROW, needs_row
 from anybit.kernels.triton.devices import on_device
@@ -31,6 +31,7 @@ from anybit.kernels.triton.devices import on_device
 __all__ = ["shorten_steps"]
 
 _DTYPES: Final = (torch.bfloat16, torch.float16)
+_NEEDED: Final = frozenset((*OF_BLOCK, *OF_ATTENTION, *OF_MLP)) - {"q_norm", "k_norm"}
 _WIDEST: Final = 8192  # columns that one program quantizes by one scale in good time
 _ROOM: Final = 256  # tokens by which a growing cache grows at least
 
@@ -95,7 +96,7 @@ class ShortWay:
     """
 
     index: int
-    found: Found
+    found: tuple[Place, ...]
     first: Reader
     qkv: Products
     attention: Attention
@@ -172,13 +173,11 @@ def short_way(layer: nn.Module, config: Any, dtype: torch.dtype) -> ShortWay | N
     if getattr(attention, "attention_dropout", 0.0):
         return None
     groups = [(attention, ("q_proj", "k_proj", "v_proj")), (mlp, ("gate_proj", "up_proj")), (mlp, ("down_proj",))]
-    named: list[tuple[Any, str, Any]] = [(parent._modules, name, getattr(parent, name, None)) for parent, names in (
-        *groups, (attention, ("o_proj",)), (layer, ("input_layernorm", "post_attention_layernorm"))) for name in names]
-    named += [(layer._modules, "self_attn", attention), (layer._modules, "mlp", mlp)]
-    if any(table.get(name) is not module or module is None for table, name, module in named):
+    found = parts_of(layer)
+    if not {name for _, name, _ in found} >= _NEEDED:
         return None
     layers = [[getattr(parent, name) for name in names] for parent, names in groups]
-    products = [products_of(found, dtype, is_alone=_is_wide(found[0])) for found in layers]
+    products = [products_of(modules, dtype, is_alone=_is_wide(modules[0])) for modules in layers]
     o = products_of([attention.o_proj], dtype, is_alone=True)
     heads = _attention_of(attention, config, dtype)
     if o is None or heads is None or any(p is None for p in products):
@@ -189,7 +188,7 @@ def short_way(layer: nn.Module, config: Any, dtype: torch.dtype) -> ShortWay | N
         return None
     first, second = (Reader(Norm(cast("Tensor", w), eps_of(n)), p)
                      for w, n, p in zip(weights, norms, (qkv, gate_up), strict=True))
-    return ShortWay(attention.layer_idx, tuple(named), first, qkv, heads, o, second, gate_up, Gate(), down)
+    return ShortWay(attention.layer_idx, found, first, qkv, heads, o, second, gate_up, Gate(), down)
 
 
 def _is_wide(module: Any) -> bool:

@@ -15,7 +15,8 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from anybit.hosts.blocks import ShortWay, are_in_place, close, is_plain_layer, own_forward, room_of
+from anybit.hosts.blocks import ShortWay, close, is_plain_layer, own_forward, room_of
+from anybit.hosts.modules import are_in_place
 from anybit.kernels.native.block import Caches, Chain
 
 _PROBE: Final = (1, 2, 3, 5, 7, 4)  # tokens; the last one's step is compared

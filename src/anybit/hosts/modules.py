@@ -33,6 +33,15 @@ _PRODUCTS: weakref.WeakValueDictionary[int, _Bound] = weakref.WeakValueDictionar
 _EXPERTS: weakref.WeakValueDictionary[int, AnybitExperts] = weakref.WeakValueDictionary()
 
 
+Place = tuple[Mapping[str, nn.Module | None], str, nn.Module]  # its parent's table, its name there, it
+
+
+def are_in_place(places: Iterable[Place]) -> bool:
+    """False while another module is in the place of one (an adapter), or one is hooked or patched."""
+    return all(table.get(name) is module and not module._forward_hooks and not module._forward_pre_hooks
+               and "forward" not in module.__dict__ for table, name, module in places)
+
+
 class _Bound(nn.Module):
     """A Product whose tensors are buffers of a module."""
 
@@ -255,15 +264,10 @@ class AnybitExperts(nn.Module):
         return (out.float() * weights[..., None]).sum(1).to(x.dtype)
 
     def _are_in_place(self, experts: Iterable[int]) -> bool:
-        """False while another module is in the place of a projection (an adapter), or one is hooked or patched."""
-        for expert in experts:
-            table = cast("nn.ModuleDict", self._modules[str(expert)])._modules
-            for name, products in self._projections.items():
-                module = products[expert]
-                if table.get(name) is not module or module._forward_hooks or module._forward_pre_hooks or (
-                        "forward" in module.__dict__):
-                    return False
-        return True
+        """False where a projection of these experts is not as it was loaded."""
+        tables = ((expert, cast("nn.ModuleDict", self._modules[str(expert)])._modules) for expert in experts)
+        return are_in_place((table, name, products[expert]) for expert, table in tables
+                            for name, products in self._projections.items())
 
     # --- the experts of a few tokens in one call a projection, on a CPU ---
 

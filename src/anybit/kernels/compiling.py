@@ -7,9 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
-__all__ = ["CompileCase"]
+__all__ = ["OVERLAPPING", "CompileCase", "overlap"]
+
+OVERLAPPING: Final = ("sm_90",)  # where launches that begin while the kernel before them ends were measured
+
+
+def overlap(waits: bool) -> dict[str, bool]:
+    """Options of a launch, or of its case, that begins so where the kernel waits itself (docs/decisions/0007)."""
+    return {"launch_pdl": True} if waits else {}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from anybit.kernels.compiling import CompileCase
+from anybit.kernels.compiling import CompileCase, overlap
 from anybit.kernels.linear.triton_endings import finish_cases
 from anybit.kernels.linear.triton_experts import experts_case
 from anybit.kernels.linear.triton_gemm16_hopper import gemm16_cases
@@ -350,7 +350,7 @@ def _product_case(
         kernel, "anybit.kernels.triton.planes_kernels:matmul_kernel", arch,
         f"{name} {dtype} M={tokens}" + ("" if shape == _SHAPE else f" N={n}"), types, fixed,
         divisible=("N", "NP", "K", "KP", "x_stride", "z_stride"), num_warps=config.warps, num_stages=config.stages,
-        options={"launch_pdl": True} if waits else {}, expects=(_matrix_instruction(arch),),
+        options=overlap(waits), expects=(_matrix_instruction(arch),),
         spills=_SPILLS_OF_WIDE if form.scaling == "group" and (config.rows, config.warps) == (128, 4) else _SPILLS,
     )  # fmt: skip
 

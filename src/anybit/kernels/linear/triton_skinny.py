@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from anybit.kernels.compiling import CompileCase
+from anybit.kernels.compiling import OVERLAPPING, CompileCase, overlap
 from anybit.kernels.linear import dense
 from anybit.kernels.linear.triton_endings import sums_cases
 from anybit.kernels.linear.triton_w8a8_tiles import UNITS, expected_instruction
@@ -17,7 +17,7 @@ from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.platforms import Platform
 from anybit.platforms.archs import ARCHS
 
-__all__ = ["LARGEST_M", "SPEC", "Config", "compile_cases", "configure", "waits"]
+__all__ = ["LARGEST_M", "SPEC", "Config", "compile_cases", "configure"]
 
 LARGEST_M: Final = 64
 NAME: Final = "triton-skinny"
@@ -53,11 +53,6 @@ def configure(n: int, k: int, m: int, arch: str) -> Config:
     while split > 1 and -(-blocks // split) * (split - 1) >= blocks:
         split -= 1  # no program without work
     return Config(bm, bn, bk, 4, stages, split)
-
-
-def waits(arch: str) -> bool:
-    """True where the product is launched while the kernel before it ends: measured on sm_90 alone."""
-    return arch == "sm_90"
 
 
 def can_implement(request: Request, platform: Platform) -> Verdict:
@@ -100,12 +95,12 @@ def compile_cases(arch: str) -> list[CompileCase]:
             types = {"x_ptr": pointer, "w_ptr": pointer, "bias_ptr": pointer, "out_ptr": pointer, "part_ptr": "*fp32",
                      "count_ptr": "*i32", "M": "i32", "N": "i32", "K": "i32", "stride": "i32"}
             constants = {"HAS_BIAS": True, "BM": config.bm, "BN": config.bn, "BK": config.bk, "SPLIT": config.split,
-                         "FUSED": not arch.startswith("gfx"), "EVEN_K": True, "WAITS": waits(arch)}
+                         "FUSED": not arch.startswith("gfx"), "EVEN_K": True, "WAITS": arch in OVERLAPPING}
             instruction = expected_instruction(arch, "float16", 16)
             cases.append(CompileCase(
                 NAME, "anybit.kernels.triton.skinny_jit:skinny_matmul", arch, f"{dtype} M={m}", types, constants,
                 divisible=("N", "K", "stride"), num_warps=config.warps, num_stages=config.stages,
-                options={"launch_pdl": True} if waits(arch) else {},
+                options=overlap(arch in OVERLAPPING),
                 expects=(instruction.replace("f16", "b?f16"),),
             ))
     return [*cases, *sums_cases(NAME, arch)]

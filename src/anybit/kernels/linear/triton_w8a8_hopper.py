@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
 
-from anybit.kernels.compiling import CompileCase
+from anybit.kernels.compiling import CompileCase, overlap
 from anybit.kernels.linear.triton_w8a8_tiles import (
     CASES,
     FP8_NAME,
@@ -203,7 +203,7 @@ def _case(label: str, product: Product8, given: Operands, config: HopperConfig) 
         f"{label} {what}{' waits' if config.waits else ''}", types,
         constants_of_hopper(product, config, shifted=product.is_integer and not product.activation.symmetric,
                             has_bias=False),
-        divisible=("N", "K"), num_warps=4, options={"launch_pdl": True} if config.waits else {},
+        divisible=("N", "K"), num_warps=4, options=overlap(config.waits),
         expects=(expected_instruction("sm_90", given.kind, 64),), spills=_spills(product, config),
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
 
-from anybit.kernels.compiling import CompileCase
+from anybit.kernels.compiling import CompileCase, overlap
 from anybit.kernels.linear.quantizer_cases import quantizer_cases
 from anybit.kernels.linear.triton_endings import epilogue_case
 from anybit.kernels.linear.triton_experts import experts8_case
@@ -348,7 +348,7 @@ def _case(
                              fused=not arch.startswith("gfx"))
     return CompileCase(name, "anybit.kernels.triton.w8a8_jit:w8a8_matmul", arch, label, types, constants,
                        divisible=("N", "K"), num_warps=config.warps, num_stages=config.stages,
-                       options={"launch_pdl": True} if config.waits else {},
+                       options=overlap(config.waits),
                        expects=(expected_instruction(arch, given.kind, config.bm),))
 
 

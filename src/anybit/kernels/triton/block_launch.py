@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
-from anybit.kernels.compiling import CompileCase
+from anybit.kernels.compiling import OVERLAPPING, CompileCase, overlap
 from anybit.kernels.triton.recipes import (
     ARITHMETIC,
     Spec,
@@ -38,8 +38,8 @@ _FEWEST_ROWS: Final = 16  # of a matrix instruction
 
 def overlapping(arch: str) -> tuple[dict[str, bool], dict[str, bool]]:
     """Constants and options of kernels that are launched while the one before them ends: measured on sm_90 alone."""
-    waits = arch == "sm_90"
-    return {"WAITS": waits}, {"launch_pdl": True} if waits else {}
+    waits = arch in OVERLAPPING
+    return {"WAITS": waits}, overlap(waits)
 
 
 def _power_of_two(n: int) -> int:

@@ -22,18 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# their names up to Triton 3.6
-load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+from anybit.kernels.triton.w8a8_hopper_jit import load_tile, place
 
-
-@gluon.jit
-def place(tile, tiles_m, tiles_n, BAND: gl.constexpr):
-    """Tile of x and of W: BAND rows of tiles are walked together, for the cache."""
-    width = BAND * tiles_n
-    first = tile // width * BAND
-    height = gl.minimum(tiles_m - first, BAND)
-    return first + (tile % width) % height, (tile % width) // height
+store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global  # its name up to Triton 3.6
 
 
 @gluon.jit

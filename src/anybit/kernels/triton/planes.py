@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from anybit.kernels.catalogue import Stored
+from anybit.kernels.compiling import overlap
 from anybit.kernels.linear.tiled_torch import Tiled, as_bits
 from anybit.kernels.linear.triton_planes import expands_exactly
 from anybit.kernels.request import Kernels, Regime
@@ -281,7 +282,7 @@ class StoredPlanes(Launched):
             {**product_constants(form, columns, arch), "TERMS": terms_of(form, is_half=is_half), "BM": config.tokens,
              "BN": config.rows, "SPLIT": is_split, "TOKENS": factors is not None, "BIAS": bias is not None,
              "EVEN": columns == padded, "ASM": config.assembly, "WAITS": is_waiting},
-            device, num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if is_waiting else {}),
+            device, num_warps=config.warps, num_stages=config.stages, **overlap(is_waiting),
         )  # fmt: skip
         return Call((tokens, rows), out_dtype, device, tokens, size, quantize, made, (tiles, config.split))
 

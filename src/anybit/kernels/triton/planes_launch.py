@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final
 
+from anybit.kernels.compiling import OVERLAPPING
 from anybit.kernels.triton.planes_form import ROWS, Form
 from anybit.platforms import Platform
 from anybit.platforms.archs import ARCHS
@@ -42,7 +43,7 @@ def waits(form: Form, tokens: int, arch: str, *, is_quantized: bool) -> bool:
     On an H200 a gain of 3 to 15 % for few tokens; a loss of as much for folded scales without a quantizer in front,
     whose programs have the least to do.
     """
-    return tokens <= 64 and arch == "sm_90" and (is_quantized or form.scaling != "fold")
+    return tokens <= 64 and arch in OVERLAPPING and (is_quantized or form.scaling != "fold")
 
 
 # how many thread blocks keep the memory busy, by architecture: four on each multiprocessor of the largest chip

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from anybit.errors import Inconsistent
+from anybit.kernels.compiling import OVERLAPPING, overlap
 from anybit.kernels.triton import quantizers_jit as jit
 from anybit.kernels.triton.devices import arch_of, on_device
 from anybit.kernels.triton.launching import ALIGNED, Launch, Piece, remember, stream_of
@@ -155,7 +156,7 @@ class Quantizer:
         leads    the kernel launched next waits for this one itself (sm_90: programmatic dependent launch)
         follows  the launch may overlap the end of the kernel before it, as that of a few rows always does there
         """
-        follows = (follows or x.shape[0] <= _FOLLOWING_ROWS) and arch_of(x.device) == "sm_90"
+        follows = (follows or x.shape[0] <= _FOLLOWING_ROWS) and arch_of(x.device) in OVERLAPPING
         key = (x.shape, x.stride(), x.dtype, x.device, leads, follows)
         found = self._plans.get(key)
         return (remember(self._plans, key, QuantizerPlan(self, x, leads=leads, follows=follows)) if found is None
@@ -285,7 +286,7 @@ class QuantizerPlan:
              "VALUES": values, "FNUZ": quantizer._fnuz, "NATIVE": quantizer._is_native(arch_of(x.device)),
              "SUMS": sums is not None, "WHOLE": columns <= block and not part, "BK": block, "PART": part,
              **edges(k, quantizer.columns, max(block, part)), **overlaps},
-            x.device, num_warps=warps, enable_fp_fusion=False, **({"launch_pdl": True} if overlaps["FOLLOWS"] else {}),
+            x.device, num_warps=warps, enable_fp_fusion=False, **overlap(overlaps["FOLLOWS"]),
         )  # fmt: skip
         return made, (rows, -(-quantizer.columns // part) if part else 1)
 
@@ -311,7 +312,7 @@ class QuantizerPlan:
              "NATIVE": quantizer._is_native(arch_of(x.device)), "SIZE": spec.group_size, "GS": padded,
              "BG": at_a_time, **edges(k, quantizer.columns, at_a_time * padded * (padded == spec.group_size)),
              **overlaps},
-            x.device, num_warps=warps, enable_fp_fusion=False, **({"launch_pdl": True} if overlaps["FOLLOWS"] else {}),
+            x.device, num_warps=warps, enable_fp_fusion=False, **overlap(overlaps["FOLLOWS"]),
         )  # fmt: skip
         return made, (rows, -(-groups // at_a_time))
 

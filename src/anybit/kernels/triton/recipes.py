@@ -13,7 +13,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, Final, Literal, Protocol
 
-from anybit.kernels.compiling import CompileCase
+from anybit.kernels.compiling import OVERLAPPING, CompileCase
 from anybit.numerics.formats import number_format
 from anybit.platforms.archs import ARCHS
 
@@ -294,7 +294,7 @@ def compile_case(
         constants = {**shared, "IS_SHIFTED": arithmetic.is_shifted, "FLOOR": arithmetic.floor,
                      "STATISTIC": statistic_of(spec), "HAS_ZERO": False, "SUMS": arithmetic.is_shifted and not values,
                      "WHOLE": k <= block and not part, "BK": block, "PART": part, **edges(k, k, max(block, part)),
-                     "LEADS": arch == "sm_90", "FOLLOWS": False}
+                     "LEADS": arch in OVERLAPPING, "FOLLOWS": False}
         return CompileCase(kernel, "anybit.kernels.triton.quantizers_jit:quantize_rows", arch, label, types, constants,
                            divisible=("K", "KP", "stride"), num_warps=warps, options={"enable_fp_fusion": False})
     padded, at_a_time, row, warps = group_launch(spec.group_size, k if reads_row(spec) else 0, 1)
@@ -305,6 +305,6 @@ def compile_case(
     constants = {**shared, "ROW": row, "SCALES": not values, "SCALE_CODES": bool(arithmetic.scale_codes) and not values,
                  "OUTER": has_outer, "OWN": values, "PACKED": False, "SIZE": spec.group_size, "GS": padded,
                  "BG": at_a_time, **edges(k, k, at_a_time * padded * (padded == spec.group_size)),
-                 "LEADS": arch == "sm_90", "FOLLOWS": False}
+                 "LEADS": arch in OVERLAPPING, "FOLLOWS": False}
     return CompileCase(kernel, "anybit.kernels.triton.quantizers_jit:quantize_groups", arch, label, types, constants,
                        divisible=("K", "KP", "stride"), num_warps=warps, options={"enable_fp_fusion": False})

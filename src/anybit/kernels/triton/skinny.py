@@ -9,8 +9,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from anybit.kernels.compiling import OVERLAPPING, overlap
 from anybit.kernels.linear.dense_torch import StoredDense
-from anybit.kernels.linear.triton_skinny import LARGEST_M, SPEC, configure, waits
+from anybit.kernels.linear.triton_skinny import LARGEST_M, SPEC, configure
 from anybit.kernels.request import Kernels, Regime
 from anybit.kernels.triton import skinny_jit as jit
 from anybit.kernels.triton.devices import arch_of
@@ -55,13 +56,14 @@ class StoredSkinny(Launched, StoredDense):
         fused = is_split and (arch == "cpu" or ARCHS[arch].vendor == "nvidia")
         parts: Argument = Piece(0, torch.float32) if is_split else weight  # where it is not read, the weight stands in
         bias_dtype: Argument = weight if bias is None else bias.dtype
+        waits = arch in OVERLAPPING
         made = Launch(
             jit.skinny_matmul,
             [x.dtype, weight, bias_dtype, out_dtype, parts, Zeros(tiles, self._captured) if fused else weight,
              int, n, k, x.stride(0) if m > 1 else k],
             {"HAS_BIAS": bias is not None, "BM": config.bm, "BN": config.bn, "BK": config.bk, "SPLIT": config.split,
-             "FUSED": fused, "EVEN_K": k % config.bk == 0, "WAITS": waits(arch)},
-            device, num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if waits(arch) else {}),
+             "FUSED": fused, "EVEN_K": k % config.bk == 0, "WAITS": waits},
+            device, num_warps=config.warps, num_stages=config.stages, **overlap(waits),
         )  # fmt: skip
         finish = None
         if is_split and not fused:

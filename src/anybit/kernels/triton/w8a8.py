@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from anybit.errors import Damaged, Inconsistent
+from anybit.kernels.compiling import OVERLAPPING, overlap
 from anybit.kernels.linear.tiled_torch import as_bits
 from anybit.kernels.linear.torch_low_precision import INT_MM, SCALED_MM
 from anybit.kernels.linear.triton_w8a8 import FP8, FP8_EXACT, INT8
@@ -234,7 +235,7 @@ class StoredRows8(Launched):
                 return self._by_roles(x, roles, given, bias, out_dtype)
         config = configure(n, k, tuned_for, arch, product, given)
         # a few rows: the product is launched while they are quantized
-        leads = kernel in (FP8.name, INT8.name) and m <= _LEADING_ROWS and arch == "sm_90"
+        leads = kernel in (FP8.name, INT8.name) and m <= _LEADING_ROWS and arch in OVERLAPPING
         quantize = self.quantizer(given).plan(x, leads=leads)
         pieces, size = quantize.pieces, quantize.scratch_bytes
         is_split = config.split > 1
@@ -253,7 +254,7 @@ class StoredRows8(Launched):
              Zeros(tiles, self._captured) if fused else factor, int, n, k,
              factor.shape[1] if product.w_group else 1, 1.0],
             constants, device, num_warps=config.warps, num_stages=config.stages,
-            **({"launch_pdl": True} if config.waits else {}),
+            **overlap(config.waits),
         )  # fmt: skip
         finish = None
         if is_split and not fused:
@@ -289,7 +290,7 @@ class StoredRows8(Launched):
              factor if bias is None else bias.dtype, out_dtype, parts, counters, int, n, k,
              factor.shape[1] if product.w_group else 1, config.share],
             constants_of_hopper(product, config, shifted=shifted, has_bias=bias is not None), x.device, num_warps=4,
-            **({"launch_pdl": True} if config.waits else {}),
+            **overlap(config.waits),
         )  # fmt: skip
         return Call((m, n), out_dtype, x.device, m, size, quantize, made, (config.grid(m, n), 1))
 
