@@ -212,6 +212,19 @@ def test_expansion_says_what_it_rounds(scheme: Scheme, dtype: str, wanted: str |
     assert FUSED.rounds(request(scheme, "prefill", dtype), named("h200")) is None
 
 
+def test_weights_are_not_expanded_to_bfloat16_where_x_is_finer() -> None:
+    """Kernels hand quantized activations on in bfloat16; its rounding of a weight is eight times that of float16."""
+    eight = ActivationSpec("fp8_e4m3fn", True, "token", "fp8_token")
+    grouped = replace(_SAMPLES["int4 g128"], activation=eight)
+    assert codes_of(EXPAND, request(grouped, "prefill", "float16"), "h200") == ["dtype"]
+    assert codes_of(FUSED, request(grouped, "prefill", "float16"), "h200") == []
+    assert codes_of(EXPAND, request(grouped, "prefill"), "h200") == []
+    assert EXPAND.rounds(request(grouped, "prefill"), named("h200")) == "weights to bfloat16"
+    exact = request(replace(_SAMPLES["nvfp4"], activation=eight), "prefill", "float16")
+    assert codes_of(EXPAND, exact, "h200") == []
+    assert EXPAND.rounds(exact, named("h200")) is None
+
+
 @pytest.mark.parametrize("arch", ["sm_75", "gfx90a", "sm_90", "gfx1201"])
 def test_cases_to_compile_have_names_of_their_own(arch: str) -> None:
     cases = [(c.kernel, c.label) for spec in triton_planes.SPECS for c in spec.cases(arch)]

@@ -85,7 +85,18 @@ def can_fused(request: Request, platform: Platform) -> Verdict:
 def can_expand(request: Request, platform: Platform) -> Verdict:
     """Many tokens of a scheme that the layout holds."""
     few = Reason("regime", "made for many tokens: all weights are written out first", {"tokens": request.tokens})
-    return gather(*_cannot(request, platform), few if request.regime != "prefill" else None)
+    operand = _operand(request)
+    narrow = Reason("dtype", f"weights would be rounded to {operand}, the dtype of quantized activations here; x has a "
+                             f"finer one, {request.dtype}", {"found": operand, "wanted": request.dtype})
+    is_coarse = request.dtype == "float16" and operand != request.dtype and not expands_exactly(request.scheme, operand)
+    return gather(*_cannot(request, platform), few if request.regime != "prefill" else None,
+                  narrow if is_coarse else None)
+
+
+def _operand(request: Request) -> str:
+    """What the matrix unit is given: x, or in bfloat16 what a kernel's quantizer makes of it."""
+    spec = request.scheme.activation
+    return request.dtype if spec is None or can_fake_quantize(spec) is not None else "bfloat16"
 
 
 def _bytes(request: Request) -> float:
@@ -166,7 +177,8 @@ def stored_bytes(request: Request) -> int:
 
 def expansion_rounds(request: Request, platform: Platform) -> str | None:
     """Expanded weights are exact where code times block scale is, and all that is left is one factor."""
-    return None if expands_exactly(request.scheme, request.dtype) else f"weights to {request.dtype}"
+    operand = _operand(request)
+    return None if expands_exactly(request.scheme, operand) else f"weights to {operand}"
 
 
 def expands_exactly(scheme: Scheme, dtype: str) -> bool:

@@ -425,10 +425,11 @@ class TritonPlanes:
         packed = pack(weight, dtype)
         if packed is None:
             return Tiled().prepare(weight, dtype, kernels, pinned=pinned)
-        planned = Kernels.of(kernels) if is_expandable(packed, dtype) and not pinned else None
         spec = weight.scheme.activation
         if spec is not None and can_fake_quantize(spec) is not None:
             spec = None
+        operand = dtype if spec is None else torch.bfloat16
+        planned = Kernels.of(kernels) if is_expandable(packed, operand) and not pinned else None
         return StoredPlanes(packed, planned, is_pinned=pinned, spec=spec, activation=weight.activation)
 
 
