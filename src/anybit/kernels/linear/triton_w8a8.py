@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
+from anybit.kernels.linear.triton_rows8 import one_cases
 from anybit.kernels.linear.triton_w8a8_hopper import hopper_cases, takes
 from anybit.kernels.linear.triton_w8a8_tiles import (
     FP8_EXACT_NAME,
@@ -219,7 +220,8 @@ def _spec(name: str, layout: str, elements: tuple[str, ...], about: str, *, exac
         seconds=seconds, stored_bytes=stored_bytes, about=about, executes=exactly if exact else executes,
         rounds=nothing if exact or name == INT8_NAME else fp8_rounds, workspace=_workspace,
         is_batch_invariant=True,
-        cases=lambda arch: [c for c in (*compile_cases(arch), *hopper_cases(arch)) if c.kernel == name],
+        cases=lambda arch: [c for made in (compile_cases, hopper_cases, one_cases) for c in made(arch)
+                            if c.kernel == name],
     )
 
 

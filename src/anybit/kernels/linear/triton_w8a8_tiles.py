@@ -35,6 +35,7 @@ UNITS: Final[Mapping[str, int]] = {
     "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_103": 148, "sm_120": 170, "sm_121": 48,
     "gfx90a": 104, "gfx942": 304, "gfx950": 256, "gfx1100": 48, "gfx1151": 20, "gfx1200": 16, "gfx1201": 32,
 }
+_BANDWIDTH, _BLOCK, _ADDING = 4.2e12, 0.2e-6, 2e-6  # see _pays
 _PINNED_M: Final = 64  # rows for which tiles are chosen where every M must give the same bits
 
 
@@ -163,17 +164,21 @@ def _amd_tile(m: int, bk: int, wave: int, *, is_wide: bool) -> Config:
 def _hopper(n: int, k: int, m: int, bk: int, *, in_blocks: bool, keeps_two: bool) -> Config:
     """As measured on an H200 (planning/priors) for 6144, 4096, 28672 and 57344 outputs.
 
-    Few rows: as many parts of K as give two programs a multiprocessor, in narrow tiles, without tensor descriptors
-    (they cost the host a few microseconds) unless scales are loaded in between; wide tiles where there are enough of
-    them. Many rows: tiles of 64 rows where the sums of a block lie beside the float32 sums, and until those of 128
-    fill the chip.
+    Few rows: narrow tiles in many stages, without tensor descriptors (they cost the host a few microseconds) unless
+    scales are loaded in between, and as many parts of K as give two programs a multiprocessor, where that pays for
+    adding them; wide tiles where there are enough of them. Many rows: tiles of 64 rows where the sums of a block lie
+    beside the float32 sums, and until those of 128 fill the chip.
     """
     units = UNITS["sm_90"]
     if m <= 32:
         bm = 16 if m <= 16 else 32
         if n >= 128 * units:
+            if m <= 16 and not keeps_two and bk == 128:  # int32 sums, which any number of columns adds to exactly
+                return Config(bm, 128, 256, 4, 3, swap=True, waits=True)
             return Config(bm, 128, bk, 4, 5, swap=True, tma=True, waits=True)
-        return _share(Config(bm, 64, bk, 4, 6, swap=True, tma=in_blocks, waits=True), n, k, m, 2 * units)
+        tile = Config(bm, 64, bk, 4, 6 if in_blocks else 8, swap=True, tma=in_blocks, waits=True)
+        shared = _share(tile, n, k, m, 2 * units)
+        return shared if in_blocks or _pays(shared, n, k) else tile
     if m <= 64:
         wide = n >= 128 * units
         tile = Config(64, 128 if wide else 64, bk, 4, 4 if wide else 5, tma=True, waits=True)
@@ -181,6 +186,16 @@ def _hopper(n: int, k: int, m: int, bk: int, *, in_blocks: bool, keeps_two: bool
     if m <= 256 and (keeps_two or -(-m // 128) * -(-n // 128) < 2 * units):
         return _share(Config(64, 128, bk, 4, 4, tma=True), n, k, m, 2 * units)
     return Config(64 if keeps_two else 128, 128, bk, 4, 3, tma=True)
+
+
+def _pays(shared: Config, n: int, k: int) -> bool:
+    """True where parts of K, for a few rows on sm_90, are done sooner than one program for all of it.
+
+    As measured on an H200: a program takes _BLOCK for a block of 64 rows of W, all together at least as long as W's
+    bytes take to come, and _ADDING where sums meet in memory.
+    """
+    read, alone = n * k / _BANDWIDTH, -(-k // shared.bk) * _BLOCK
+    return max(read, alone / shared.split) + _ADDING < max(read, alone)
 
 
 def _large_tile(m: int, bk: int, arch: str, *, keeps_two: bool) -> Config:

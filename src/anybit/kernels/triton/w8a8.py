@@ -19,6 +19,7 @@ from anybit.errors import Damaged, Inconsistent
 from anybit.kernels.compiling import OVERLAPPING, overlap
 from anybit.kernels.linear.tiled_torch import as_bits
 from anybit.kernels.linear.torch_low_precision import INT_MM, SCALED_MM
+from anybit.kernels.linear.triton_rows8 import OneConfig, configure_one, constants_of_one
 from anybit.kernels.linear.triton_w8a8 import FP8, FP8_EXACT, INT8
 from anybit.kernels.linear.triton_w8a8_hopper import (
     BLOCK,
@@ -230,6 +231,9 @@ class StoredRows8(Launched):
         (m, n), k, device, arch = (x.shape[0], self.shape[0]), codes.shape[1], x.device, _arch_or_generic(x.device)
         tuned_for = None if self._pinned else m
         if arch == "sm_90" and version() in VERSIONS:
+            one = configure_one(n, k, tuned_for, product, given)
+            if one is not None:
+                return self._by_one(x, one, given, bias, out_dtype)
             roles = configure_hopper(n, k, tuned_for, product, given)
             if roles is not None:
                 return self._by_roles(x, roles, given, bias, out_dtype)
@@ -264,6 +268,27 @@ class StoredRows8(Launched):
             )  # fmt: skip
         return Call((m, n), out_dtype, device, m, size, quantize, made, (tiles, config.split), finish,
                     (m, -(-n // _EPILOGUE_COLUMNS)))
+
+    def _by_one(
+        self, x: Tensor, config: OneConfig, given: Operands, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Call:
+        """The launches of the kernel of one token."""
+        from anybit.kernels.triton.rows8_one_jit import rows8_one
+
+        product, factor = self._product, self._factor
+        (m, n), k = (x.shape[0], self.shape[0]), self._codes.shape[1]
+        quantize = self.quantizer(given).plan(x, leads=True, follows=True)
+        pieces = quantize.pieces
+        shifted, offsets = self._offsets(pieces)
+        made = Launch(
+            rows8_one,
+            [Piece(pieces["codes"].offset, torch.int32), self._codes.view(torch.int32), pieces["scale"], factor,
+             *offsets, factor if bias is None else bias.dtype, out_dtype, n, k,
+             factor.shape[1] if product.w_group else 1],
+            constants_of_one(product, given, config, k, shifted=shifted, has_bias=bias is not None), x.device,
+            num_warps=config.warps, **overlap(True),
+        )  # fmt: skip
+        return Call((m, n), out_dtype, x.device, m, quantize.scratch_bytes, quantize, made, (config.grid(n), 1))
 
     def _by_roles(
         self, x: Tensor, config: HopperConfig, given: Operands, bias: Tensor | None, out_dtype: torch.dtype
