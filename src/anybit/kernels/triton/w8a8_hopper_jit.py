@@ -105,19 +105,38 @@ def multiply(x_tiles, w_tiles, ready, i, acc, use_acc, TEAM: gl.constexpr, TEAMS
 
 
 @gluon.jit
-def read_scales(sx, sw, block, last, M, within):
-    """Scales of the rows of x, and the number of W's rows, in a block of K."""
-    at = gl.minimum(block, last)
-    return gl.load(sx + at * M, mask=within, other=0.0), gl.load(sw + at)
+def read_scales(sx_ptr, sw, first, rows, blocks, M, SCALES: gl.constexpr):
+    """Scales of x [rows, 8] and of a tile of W [8] in eight blocks of K from `first` on, each read by one thread alone.
+
+    One block at a time would be read by all four threads of a row, too late to be there when it is needed. The other
+    threads of a row are asked in `factor_of`. Beyond the last block and row of x they are 0.
+    """
+    block = first + gl.arange(0, 8, gl.SliceLayout(0, SCALES))
+    inside = gl.expand_dims(rows < M, 1) & gl.expand_dims(block < blocks, 0)
+    sx = gl.load(sx_ptr + gl.expand_dims(block * M, 0) + gl.expand_dims(rows, 1), mask=inside, other=0.0)
+    return sx, gl.load(sw + block, mask=block < blocks, other=0.0)
 
 
 @gluon.jit
-def product_of(sx, sw, IN_BLOCKS: gl.constexpr):
-    """sx * sw, not to be moved past what follows: the registers of both are then free for the next scales."""
+def first_scales(
+    sx_ptr, sw_ptr, i, tiles_m, tiles_n, blocks, M, GROUPS, SHARE, W_ROWS: gl.constexpr, FIRST: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, ROWS: gl.constexpr, STREAM: gl.constexpr, BAND: gl.constexpr,
+    SCALES: gl.constexpr,
+):
+    """Scales of the tile that begins with step i: of its rows of x from FIRST on, in its first eight blocks of K."""
+    tile, start = step_at(i, blocks, SHARE, STREAM)
+    tile_m, tile_n = place(tile, tiles_m, tiles_n, BAND)
+    rows = tile_m * BM + FIRST + gl.arange(0, ROWS, gl.SliceLayout(1, SCALES))
+    return read_scales(sx_ptr, sw_ptr + tile_n * BN // W_ROWS * GROUPS, start, rows, blocks, M, SCALES)
+
+
+@gluon.jit
+def factor_of(factors, block, OF_X: gl.constexpr, SCALES: gl.constexpr, IN_BLOCKS: gl.constexpr):
+    """Column block % 8 of the factors of eight blocks of K, [rows, 1]."""
     if IN_BLOCKS:
-        both = gl.inline_asm_elementwise("mul.f32 $0, $1, $2;", "=f,f,f", [sx, sw], dtype=gl.float32, is_pure=False,
-                                         pack=1)
-        return gl.expand_dims(both, 1)
+        each = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, SCALES)), 0)
+        one = gl.sum(gl.where(each == block % 8, factors, 0.0), 1)
+        return gl.expand_dims(gl.convert_layout(one, OF_X), 1)
     else:
         return 1.0
 
@@ -179,8 +198,8 @@ def multiply_tiles(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
     OF_X: gl.constexpr = gl.SliceLayout(1, MMA)
     OF_W: gl.constexpr = gl.SliceLayout(0, MMA)
+    SCALES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])  # its rows lie where those of MMA do
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [4, 1], [1, 0])
-    END: gl.constexpr = OUT if IS_SHIFTED or W_SHIFTED else MMA  # many vectors: few columns a thread are better
     if WAITS:
         tl.extra.cuda.gdc_wait()
     tiles_m = (M + BM - 1) // BM
@@ -188,6 +207,9 @@ def multiply_tiles(
     blocks = (K + BK - 1) // BK
     steps = steps_of(tiles_m * tiles_n, blocks, SHARE, STREAM)
     i = 0
+    if IN_BLOCKS:
+        first_sx, first_sw = first_scales(sx_ptr, sw_ptr, 0, tiles_m, tiles_n, blocks, M, GROUPS, SHARE, W_ROWS,
+                                          TEAM * ROWS, BM, BN, ROWS, STREAM, BAND, SCALES)
     while i < steps:
         tile, start = step_at(i, blocks, SHARE, STREAM)
         tile_m, tile_n = place(tile, tiles_m, tiles_n, BAND)
@@ -201,60 +223,64 @@ def multiply_tiles(
                 i += 1
             if not STREAM:
                 ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, tile_m * BM + TEAM * ROWS,
-                                     tile_n * BN, M, N, ROWS, BN, END, IS_SHIFTED, W_SHIFTED, IN_BLOCKS)
+                                     tile_n * BN, M, N, ROWS, BN, MMA, IS_SHIFTED, W_SHIFTED, IN_BLOCKS)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1)
             result = acc
         else:  # two partial sums in turn: one is added while the matrix unit makes the other
             other = gl.zeros([ROWS, BN], gl.float32, MMA)
             sums = gl.zeros([ROWS, BN], gl.float32, MMA)
-            last = blocks - 1
-            rows = tile_m * BM + TEAM * ROWS + gl.arange(0, ROWS, OF_X)
-            sx = sx_ptr + rows
+            rows = tile_m * BM + TEAM * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCALES))
             sw = sw_ptr
+            factors = 1.0
             if IN_BLOCKS:
                 sw += tile_n * BN // W_ROWS * GROUPS
-                sx_even, sw_even = read_scales(sx, sw, start, last, M, rows < M)
-                sx_odd, sw_odd = read_scales(sx, sw, start + 1, last, M, rows < M)
-            else:
-                sx_even, sw_even, sx_odd, sw_odd = 1.0, 1.0, 1.0, 1.0
+                next_sx, next_sw = read_scales(sx_ptr, sw, start + 8, rows, blocks, M, SCALES)
             acc = multiply(x_tiles, w_tiles, ready, i, acc, False, TEAM, TEAMS, STAGES)
             acc = warpgroup_mma_wait(1, deps=[acc])
+            if IN_BLOCKS:
+                factors = first_sx * gl.expand_dims(first_sw, 0)
+            factor = factor_of(factors, 0, OF_X, SCALES, IN_BLOCKS)
+            factor_odd = factor_of(factors, 1, OF_X, SCALES, IN_BLOCKS)
             for j in range((count - 1) // 2):
                 other = multiply(x_tiles, w_tiles, ready, i + 1, other, False, TEAM, TEAMS, STAGES)
-                factor = product_of(sx_even, sw_even, IN_BLOCKS)
-                if IN_BLOCKS:
-                    sx_even, sw_even = read_scales(sx, sw, start + 2 * j + 2, last, M, rows < M)
                 acc, other = warpgroup_mma_wait(1, deps=[acc, other])
                 mbarrier.arrive(free.index(i % STAGES), count=1)
                 sums = add_scaled(sums, acc, factor, IN_BLOCKS)
                 acc = multiply(x_tiles, w_tiles, ready, i + 2, acc, False, TEAM, TEAMS, STAGES)
-                factor_odd = product_of(sx_odd, sw_odd, IN_BLOCKS)
-                if IN_BLOCKS:
-                    sx_odd, sw_odd = read_scales(sx, sw, start + 2 * j + 3, last, M, rows < M)
+                if IN_BLOCKS:  # noqa: SIM102 - known when compiled, the other is not
+                    if j % 4 == 3:
+                        factors = next_sx * gl.expand_dims(next_sw, 0)
+                        next_sx, next_sw = read_scales(sx_ptr, sw, start + 2 * j + 10, rows, blocks, M, SCALES)
                 other, acc = warpgroup_mma_wait(1, deps=[other, acc])
                 mbarrier.arrive(free.index((i + 1) % STAGES), count=1)
+                # here the sums that follow hide how long it takes to ask other threads; before a product it would wait
+                factor = factor_of(factors, 2 * j + 2, OF_X, SCALES, IN_BLOCKS)
+                next_odd = factor_of(factors, 2 * j + 3, OF_X, SCALES, IN_BLOCKS)
                 sums = add_scaled(sums, other, factor_odd, IN_BLOCKS)
+                factor_odd = next_odd
                 i += 2
-            end_even = product_of(sx_even, sw_even, IN_BLOCKS)
-            end_odd = product_of(sx_odd, sw_odd, IN_BLOCKS)
             if not STREAM:
                 ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, tile_m * BM + TEAM * ROWS,
-                                     tile_n * BN, M, N, ROWS, BN, END, IS_SHIFTED, W_SHIFTED, IN_BLOCKS)
+                                     tile_n * BN, M, N, ROWS, BN, MMA, IS_SHIFTED, W_SHIFTED, IN_BLOCKS)
             if count % 2 == 0:
                 other = multiply(x_tiles, w_tiles, ready, i + 1, other, False, TEAM, TEAMS, STAGES)
                 acc, other = warpgroup_mma_wait(0, deps=[acc, other])
                 mbarrier.arrive(free.index(i % STAGES), count=1)
                 mbarrier.arrive(free.index((i + 1) % STAGES), count=1)
-                sums = add_scaled(sums, acc, end_even, IN_BLOCKS)
-                sums = add_scaled(sums, other, end_odd, IN_BLOCKS)
+                sums = add_scaled(sums, acc, factor, IN_BLOCKS)
+                sums = add_scaled(sums, other, factor_odd, IN_BLOCKS)
                 i += 2
             else:
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(free.index(i % STAGES), count=1)
-                sums = add_scaled(sums, acc, end_even, IN_BLOCKS)
+                sums = add_scaled(sums, acc, factor, IN_BLOCKS)
                 i += 1
             result = sums
+            if IN_BLOCKS:  # on the way while this tile ends
+                first_sx, first_sw = first_scales(sx_ptr, sw_ptr, gl.minimum(i, steps - 1), tiles_m, tiles_n, blocks, M,
+                                                  GROUPS, SHARE, W_ROWS, TEAM * ROWS, BM, BN, ROWS, STREAM, BAND,
+                                                  SCALES)
 
         is_done = True
         if STREAM:
@@ -281,11 +307,10 @@ def multiply_tiles(
         if is_done:
             if STREAM:  # not held while parts are added
                 ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, tile_m * BM + TEAM * ROWS,
-                                     tile_n * BN, M, N, ROWS, BN, END, IS_SHIFTED, W_SHIFTED, IN_BLOCKS)
-            held = gl.convert_layout(result, END)
-            r = scaled(held, ending[0], ending[1], ending[2], ending[3], ending[4], ending[5], IS_SHIFTED, W_SHIFTED)
+                                     tile_n * BN, M, N, ROWS, BN, MMA, IS_SHIFTED, W_SHIFTED, IN_BLOCKS)
+            r = scaled(result, ending[0], ending[1], ending[2], ending[3], ending[4], ending[5], IS_SHIFTED, W_SHIFTED)
             if HAS_BIAS:
-                out = tile_n * BN + gl.arange(0, BN, gl.SliceLayout(0, END))
+                out = tile_n * BN + gl.arange(0, BN, OF_W)
                 r += gl.expand_dims(gl.load(bias_ptr + out, mask=out < N, other=0.0).to(gl.float32), 0)
             final = gl.convert_layout(r.to(out_ptr.dtype.element_ty), OUT)
             m = tile_m * BM + TEAM * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
