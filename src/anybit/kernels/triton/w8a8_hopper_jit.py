@@ -200,6 +200,8 @@ def multiply_tiles(
     OF_W: gl.constexpr = gl.SliceLayout(0, MMA)
     SCALES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])  # its rows lie where those of MMA do
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [4, 1], [1, 0])
+    # vectors that many columns a thread need are read late where no other team multiplies meanwhile
+    END: gl.constexpr = OUT if (IS_SHIFTED or W_SHIFTED) and TEAMS == 1 else MMA
     if WAITS:
         tl.extra.cuda.gdc_wait()
     tiles_m = (M + BM - 1) // BM
@@ -223,7 +225,7 @@ def multiply_tiles(
                 i += 1
             if not STREAM:
                 ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, tile_m * BM + TEAM * ROWS,
-                                     tile_n * BN, M, N, ROWS, BN, MMA, IS_SHIFTED, W_SHIFTED, IN_BLOCKS)
+                                     tile_n * BN, M, N, ROWS, BN, END, IS_SHIFTED, W_SHIFTED, IN_BLOCKS)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1)
             result = acc
@@ -262,7 +264,7 @@ def multiply_tiles(
                 i += 2
             if not STREAM:
                 ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, tile_m * BM + TEAM * ROWS,
-                                     tile_n * BN, M, N, ROWS, BN, MMA, IS_SHIFTED, W_SHIFTED, IN_BLOCKS)
+                                     tile_n * BN, M, N, ROWS, BN, END, IS_SHIFTED, W_SHIFTED, IN_BLOCKS)
             if count % 2 == 0:
                 other = multiply(x_tiles, w_tiles, ready, i + 1, other, False, TEAM, TEAMS, STAGES)
                 acc, other = warpgroup_mma_wait(0, deps=[acc, other])
@@ -307,10 +309,11 @@ def multiply_tiles(
         if is_done:
             if STREAM:  # not held while parts are added
                 ending = read_ending(sx_ptr, sw_ptr, zx_ptr, cs_ptr, xs_ptr, zw_ptr, tile_m * BM + TEAM * ROWS,
-                                     tile_n * BN, M, N, ROWS, BN, MMA, IS_SHIFTED, W_SHIFTED, IN_BLOCKS)
-            r = scaled(result, ending[0], ending[1], ending[2], ending[3], ending[4], ending[5], IS_SHIFTED, W_SHIFTED)
+                                     tile_n * BN, M, N, ROWS, BN, END, IS_SHIFTED, W_SHIFTED, IN_BLOCKS)
+            held = gl.convert_layout(result, END)
+            r = scaled(held, ending[0], ending[1], ending[2], ending[3], ending[4], ending[5], IS_SHIFTED, W_SHIFTED)
             if HAS_BIAS:
-                out = tile_n * BN + gl.arange(0, BN, OF_W)
+                out = tile_n * BN + gl.arange(0, BN, gl.SliceLayout(0, END))
                 r += gl.expand_dims(gl.load(bias_ptr + out, mask=out < N, other=0.0).to(gl.float32), 0)
             final = gl.convert_layout(r.to(out_ptr.dtype.element_ty), OUT)
             m = tile_m * BM + TEAM * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
