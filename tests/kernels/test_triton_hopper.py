@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from anybit.kernels.linear.triton_planes import _SAMPLES, FUSED, MATVEC
+from anybit.kernels.request import Request
 from anybit.kernels.trials import Oracle, compare, sample_weight
 from anybit.kernels.triton import planes
 from anybit.kernels.triton import planes_hopper_launch as launch
@@ -60,15 +61,55 @@ def test_no_part_of_k_is_without_work() -> None:
         assert -(-times // config.split) * (config.split - 1) < times, (name, n, k, m, config)
 
 
+def steps_of(program: int, config: RolesConfig, tiles: int) -> list[tuple[int, int]]:
+    """Tiles and blocks of K that a program multiplies: what the kernel's docstring says of WAVES and SHARE."""
+    programs = config.programs if config.share else min(tiles, 132)
+    waves = config.waves if config.share else -(-(tiles - program) // programs)
+    whole = [(program + wave * programs, block) for wave in range(waves) for block in range(config.blocks)]
+    if not config.share:
+        return whole
+    left = (tiles - config.waves * programs) * config.blocks
+    mine = range(program * config.share, min((program + 1) * config.share, left))
+    return whole + [(config.waves * programs + i // config.blocks, i % config.blocks) for i in mine]
+
+
 def test_programs_share_every_step_once_and_each_has_some() -> None:
     for name, n, k, m, config in ROLES:
-        steps = config.tiles(m, -(-n // ROWS) * ROWS) * config.blocks
-        assert config.blocks >= -(-k // 256), (name, n, k, m, config)
-        if config.share:
-            assert (config.programs - 1) * config.share < steps <= config.programs * config.share
-            assert config.programs <= 132
-        else:
-            assert config.blocks == -(-k // 256)
+        tiles = config.tiles(m, -(-n // ROWS) * ROWS)
+        programs = config.grid(m, -(-n // ROWS) * ROWS)
+        assert config.blocks == -(-k // 256) or (config.blocks > -(-k // 256) and config.share and not config.waves)
+        assert 0 < programs <= 132, (name, n, k, m, config)
+        if tiles * config.blocks > 2**18:
+            continue
+        taken = [steps_of(program, config, tiles) for program in range(programs)]
+        assert all(taken), (name, n, k, m, config)
+        steps = [step for program in taken for step in program]
+        assert len(steps) == len(set(steps)) == tiles * config.blocks, (name, n, k, m, config)
+
+
+def test_work_is_shared_in_all_ways() -> None:
+    found = {(bool(config.share), config.waves > 0) for *_, config in ROLES}
+    assert found == {(False, False), (True, False), (True, True)}
+
+
+def test_teams_begin_groups_in_turn_only_where_scales_are_of_groups() -> None:
+    for name, _, k, _, config in ROLES:
+        assert not config.turns or form_of(TAKEN[name], k).scaling == "group"
+
+
+@pytest.mark.parametrize("name", ["int4 g128", "uint4 g32 zp", "mxfp4"])
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (17408, 5120), (4096, 14336), (200, 640)])
+def test_what_a_plan_predicts_holds_the_sums_of_every_smaller_call(name: str, n: int, k: int) -> None:
+    scheme = TAKEN[name]
+    for most in (40, 256, 2048):
+        predicted = FUSED.workspace(Request("linear", scheme, (n, k), "bfloat16").of(most))
+        for m in range(1, most + 1, 13):
+            config = launch.planned(form_of(scheme, k), n, k, m)
+            if isinstance(config, RolesConfig) and config.share:
+                assert 4 * config.parts <= predicted, (m, config)
+            elif config is not None and not isinstance(config, RolesConfig) and config.split > 1:
+                rows = -(-n // ROWS) * ROWS
+                assert 4 * config.split * -(-m // config.tokens) * config.tokens * rows <= predicted, (m, config)
 
 
 def test_a_team_has_its_next_words_while_it_multiplies_the_last() -> None:

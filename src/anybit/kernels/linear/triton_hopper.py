@@ -59,7 +59,7 @@ def roles_cases(case: CompileCase, form: Form) -> Iterator[CompileCase]:
                 label=f"Gluon, {case.label}, {config.tokens} x {config.rows}{parts}", types=_types(case, form, config),
                 constants=roles_constants(form, config, has_factors=case.constants["TOKENS"],
                                           has_bias=case.constants["BIAS"]),
-                divisible=(*case.divisible, "pitch"), options={},
+                divisible=(*case.divisible, "pitch"), options={"launch_pdl": True},
                 expects=("wgmma",), spills=_SPILLS_OF_ROLES,
             )  # fmt: skip
 
@@ -76,5 +76,5 @@ def _types(case: CompileCase, form: Form, config: RolesConfig) -> dict[str, str]
     return in_a_row | {name: case.types[name] for name in _OF_ROLES} | {
         "x": described(x, f"{config.tokens}, {X_COLUMNS}", x_layout(config)),
         "w": described("i32", f"{config.rows}, 32", word_layout(form)),
-        "pitch": "i32", "blocks": "i32", "SHARE": "i32",
+        "pitch": "i32", "blocks": "i32", "WAVES": "i32", "SHARE": "i32",
     }  # fmt: skip

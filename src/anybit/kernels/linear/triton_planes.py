@@ -20,7 +20,7 @@ from anybit.kernels.linear.triton_hopper import hopper_case, roles_cases
 from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.kernels.triton import planes_form, planes_launch
 from anybit.kernels.triton.planes_form import Form, form_of
-from anybit.kernels.triton.planes_hopper_launch import hopper_config, hopper_seconds
+from anybit.kernels.triton.planes_hopper_launch import hopper_config, hopper_parts, hopper_seconds
 from anybit.kernels.triton.planes_one_launch import ONE_ARCHS, OneConfig, one_constants, planned_one
 from anybit.kernels.triton.recipes import can_fake_quantize
 from anybit.platforms import Platform
@@ -215,9 +215,11 @@ def scratch(request: Request) -> int:
 
 
 def parts(request: Request) -> int:
-    """Parts of split-K and the quantized activations."""
+    """Parts of split-K, on whichever architecture they are largest, and the quantized activations."""
     n, k = request.shape[-2:]
-    return 6 * request.tokens * k + (16 * 4 * n * request.tokens if request.tokens <= 64 else 4 * n * request.tokens)
+    sums = 16 * 4 * n * request.tokens if request.tokens <= 64 else 4 * n * request.tokens
+    on_hopper = hopper_parts(planes_form.form_of(request.scheme, k), n, k, request.tokens)
+    return 6 * request.tokens * k + max(sums, on_hopper)
 
 
 # --- what the gate compiles -------------------------------------------------------------------------------------------

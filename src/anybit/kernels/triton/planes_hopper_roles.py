@@ -3,10 +3,11 @@
 
 One warp copies x and one copies words, scales and zero points into shared memory, by tensor memory access and as many
 stages ahead as fit. Two or four teams of four warps decode and multiply, each the next inputs while those before them
-multiply. Each has its own rows of a tile of W and all of its tokens. They wait for each other nowhere, so that the
-matrix unit works for one while another adds sums of groups or stores results. Work is divided by whole tiles, or
-(STREAM) by equal shares of all steps of 256 inputs of all tiles. Stored layout and arithmetic are those of
-`planes_hopper`; one program fills a multiprocessor.
+multiply. Each has its own rows of a tile of W and all of its tokens. While one adds sums of groups or stores results
+the matrix unit works for another; teams that would come to that at the same time (TURNS) begin groups in turn, and
+wait for each other nowhere else. Work is divided by whole tiles, and (STREAM) what of them is left at the end by equal
+shares of its steps of 256 inputs. Stored layout and arithmetic are those of `planes_hopper`; one program fills a
+multiprocessor.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anybit.kernels.triton.planes_hopper_roles_decode import LACKS_BF16, LACKS_FP16, folded, operands
-from anybit.kernels.triton.w8a8_hopper_jit import add_scaled, load_tile, step_at, steps_of
+from anybit.kernels.triton.w8a8_hopper_jit import add_scaled, load_tile, place
 
 
 @gluon.jit
@@ -33,48 +34,80 @@ def _after(place, phase, PLACES: gl.constexpr):
 
 
 @gluon.jit
-def _copy_x(x, x_tiles, ready, free, M, NP, blocks, SHARE, BM: gl.constexpr, BN: gl.constexpr, XW: gl.constexpr,
-            X_RING: gl.constexpr, STREAM: gl.constexpr):
+def _steps_of(tiles, blocks, WAVES, SHARE, STREAM: gl.constexpr):
+    """Steps of this program, in all its tiles: whole ones in turn, and with STREAM its share of the others."""
+    if STREAM:
+        left = (tiles - WAVES * gl.num_programs(0)) * blocks - gl.program_id(0) * SHARE
+        count = WAVES * blocks + gl.minimum(gl.maximum(left, 0), SHARE)
+    else:
+        count = (tiles - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0) * blocks
+    return count
+
+
+@gluon.jit
+def _step_at(i, blocks, WAVES, SHARE, STREAM: gl.constexpr):
+    """Tile and block of K of this program's step i."""
+    tile = gl.program_id(0) + i // blocks * gl.num_programs(0)
+    block = i % blocks
+    if STREAM:
+        unit = gl.program_id(0) * SHARE + i - WAVES * blocks
+        is_shared = i >= WAVES * blocks
+        tile = gl.where(is_shared, WAVES * gl.num_programs(0) + unit // blocks, tile)
+        block = gl.where(is_shared, unit % blocks, block)
+    return tile, block
+
+
+@gluon.jit
+def _copy_x(
+    x, x_tiles, ready, free, M, NP, blocks, WAVES, SHARE, BM: gl.constexpr, BN: gl.constexpr, XW: gl.constexpr,
+    X_RING: gl.constexpr, STREAM: gl.constexpr, BAND: gl.constexpr, WAITS: gl.constexpr,
+):  # fmt: skip
     """The warp that copies x; what lies beyond it becomes zeros."""
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     STAGES: gl.constexpr = 256 // XW  # of a step
     BOXES: gl.constexpr = XW // 64
     tiles_m = gl.cdiv(M, BM)
-    steps = steps_of(tiles_m * gl.cdiv(NP, BN), blocks, SHARE, STREAM)
-    place = 0
+    tiles_n = gl.cdiv(NP, BN)
+    steps = _steps_of(tiles_m * tiles_n, blocks, WAVES, SHARE, STREAM)
+    at = 0
     phase = 0
     i = 0
     while i < steps:
-        tile, start = step_at(i, blocks, SHARE, STREAM)
-        first = tile % tiles_m * BM
+        tile, start = _step_at(i, blocks, WAVES, SHARE, STREAM)
+        pm, _ = place(tile, tiles_m, tiles_n, BAND)
+        first = pm * BM
         for block in range(start, start + gl.minimum(blocks - start, steps - i)):
             for q in gl.static_range(STAGES):
-                stage = place * STAGES + q
+                stage = at * STAGES + q
                 mbarrier.wait(free.index(stage), phase ^ 1)
                 mbarrier.expect(ready.index(stage), BM * XW * 2)
                 for r in gl.static_range(BOXES):
                     load_tile(x, [first, block * 256 + q * XW + r * 64], ready.index(stage),
                               x_tiles.index(stage * BOXES + r))
-            place, phase = _after(place, phase, X_RING)
+            at, phase = _after(at, phase, X_RING)
             i += 1
 
 
 @gluon.jit
 def _copy_w(
-    w, s, z, w_tiles, s_tiles, z_tiles, ready, free, M, NP, pitch, blocks, z_stride, SHARE, P: gl.constexpr,
-    G: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, ZEROS: gl.constexpr, SCALES: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, STREAM: gl.constexpr,
+    w, s, z, w_tiles, s_tiles, z_tiles, ready, free, M, NP, pitch, blocks, z_stride, WAVES, SHARE,
+    P: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, ZEROS: gl.constexpr, SCALES: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, STREAM: gl.constexpr, BAND: gl.constexpr,
 ):  # fmt: skip
-    """The warp that copies what is stored of W, 256 inputs at a time."""
+    """The warp that copies what is stored of W, 256 inputs at a time; it waits for no kernel before this one."""
     S_BYTES: gl.constexpr = s_tiles.dtype.primitive_bitwidth // 8 if SCALING > 0 else 0
     BYTES: gl.constexpr = BN * 128 + SCALES * BN * (S_BYTES + (1 if ZEROS else 0))
     tiles_m = gl.cdiv(M, BM)
-    steps = steps_of(tiles_m * gl.cdiv(NP, BN), blocks, SHARE, STREAM)
+    tiles_n = gl.cdiv(NP, BN)
+    steps = _steps_of(tiles_m * tiles_n, blocks, WAVES, SHARE, STREAM)
     stage = 0
     phase = 0
     i = 0
     while i < steps:
-        tile, start = step_at(i, blocks, SHARE, STREAM)
-        first = tile // tiles_m * BN
+        tile, start = _step_at(i, blocks, WAVES, SHARE, STREAM)
+        _, pn = place(tile, tiles_m, tiles_n, BAND)
+        first = pn * BN
         for block in range(start, start + gl.minimum(blocks - start, steps - i)):
             mbarrier.wait(free.index(stage), phase ^ 1)
             mbarrier.expect(ready.index(stage), BYTES)
@@ -109,15 +142,16 @@ def _store(acc, o_ptr, bias_ptr, pm, first, M, N, BM: gl.constexpr, ROWS: gl.con
 
 @gluon.jit
 def _multiply(
-    TEAM: gl.constexpr, given, M, N, NP, blocks, mult, SHARE,
+    TEAM: gl.constexpr, given, M, N, NP, blocks, mult, WAVES, SHARE,
     P: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, SKIND: gl.constexpr, ZERO: gl.constexpr,
     ZEROS: gl.constexpr, SCALES: gl.constexpr, U: gl.constexpr, TEAMS: gl.constexpr, BM: gl.constexpr,
     BN: gl.constexpr, XW: gl.constexpr, X_RING: gl.constexpr, W_STAGES: gl.constexpr, FLIGHT: gl.constexpr,
-    SUMS: gl.constexpr, STREAM: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr,
+    SUMS: gl.constexpr, TURNS: gl.constexpr, STREAM: gl.constexpr, BAND: gl.constexpr, TOKENS: gl.constexpr,
+    BIAS: gl.constexpr, WAITS: gl.constexpr,
 ):  # fmt: skip
     """A team's work: its rows of the tiles of W, all their tokens."""
-    (x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr, bias_ptr, o_ptr,
-     part_ptr, count_ptr) = given
+    (x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, turns, row_ptr, token_ptr, bias_ptr,
+     o_ptr, part_ptr, count_ptr) = given
     D: gl.constexpr = x_tiles.dtype
     FOLD: gl.constexpr = SCALING == 2
     ROWS: gl.constexpr = BN // TEAMS
@@ -129,21 +163,27 @@ def _multiply(
     OF_W: gl.constexpr = gl.SliceLayout(1, MMA)
     OF_X: gl.constexpr = gl.SliceLayout(0, MMA)
     tiles_m = gl.cdiv(M, BM)
-    steps = steps_of(tiles_m * gl.cdiv(NP, BN), blocks, SHARE, STREAM)
+    tiles_n = gl.cdiv(NP, BN)
+    steps = _steps_of(tiles_m * tiles_n, blocks, WAVES, SHARE, STREAM)
     mbarrier.wait(w_ready.index(0), 0)
     words = w_tiles.index(0).slice(FIRST, ROWS).slice(0, P, dim=1).load(DOT)
     s0, s1, s2, s3 = folded(s_tiles, 0, FIRST, SCALES, FOLD, ROWS, DOT)
     a, rest = operands(words, s0, s1, s2, s3, z_tiles, 0, FIRST, 0, U, P, R, FOLD, SKIND, ZERO, ZEROS, ROWS, DOT, D)
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     x_place = 0
     x_phase = 0
     stage = 0
     w_phase = 0
+    turn = 0
     i = 0
     while i < steps:
-        tile, start = step_at(i, blocks, SHARE, STREAM)
-        pm = tile % tiles_m
-        pn = tile // tiles_m
+        tile, start = _step_at(i, blocks, WAVES, SHARE, STREAM)
+        pm, pn = place(tile, tiles_m, tiles_n, BAND)
         count = gl.minimum(blocks - start, steps - i)
+        rn = gl.arange(0, ROWS, OF_W)
+        row_first = pn * BN + FIRST
+        row = gl.load(row_ptr + row_first + rn, mask=row_first + rn < NP, other=0.0)  # long before it is needed
         acc = gl.zeros([ROWS, BM], gl.float32, MMA)
         part = acc
         other = acc
@@ -162,11 +202,16 @@ def _multiply(
                 b = box.slice(u * U % 64, U, dim=1).permute((1, 0))
                 if SCALING == 1:
                     if u * U % (R * P) == 0:  # a new group
+                        if TURNS:  # the team before has begun the last products of its own
+                            mbarrier.wait(turns.index(TEAM), turn ^ (1 if TEAM == 0 else 0))
+                            turn ^= 1
                         if SUMS == 2:
                             part, other = other, part
                         run = warpgroup_mma(a, b, part, use_acc=False, is_async=True)
                     else:
                         run = warpgroup_mma(a, b, part, is_async=True)
+                    if TURNS and (u + 1) * U % (R * P) == 0:
+                        mbarrier.arrive(turns.index((TEAM + 1) % TEAMS), count=1)
                 else:
                     run = warpgroup_mma(a, b, acc, is_async=True)
                 # meanwhile the next operand is decoded
@@ -204,11 +249,11 @@ def _multiply(
             x_place, x_phase = _after(x_place, x_phase, X_RING)
             i += 1
 
+        if WAITS and i == steps:
+            tl.extra.cuda.gdc_launch_dependents()
         rm = gl.arange(0, BM, OF_X)
-        rn = gl.arange(0, ROWS, OF_W)
-        first = pn * BN + FIRST
         LACKS: gl.constexpr = 1.0 if FOLD else LACKS_BF16 if gl.bfloat16 == D else LACKS_FP16
-        acc = (acc * (mult * LACKS)) * gl.load(row_ptr + first + rn, mask=first + rn < NP, other=0.0)[:, None]
+        acc = (acc * (mult * LACKS)) * row[:, None]
         if TOKENS:
             acc = acc * gl.load(token_ptr + pm * BM + rm, mask=pm * BM + rm < M, other=0.0)[None, :]
         is_done = True
@@ -217,22 +262,29 @@ def _multiply(
             if count < blocks:  # sums of a part of K, in an order of their own: only the same team reads them again
                 inside = rn[:, None] * BM + rm[None, :]
                 own = part_ptr + FIRST * BM
-                # a program has two parts at most: of its first tile, and of its last one
-                slot = 2 * gl.program_id(0) + (i > count).to(gl.int32)
-                gl.store(own + slot.to(gl.int64) * (BN * BM) + inside, acc, cache_modifier=".cg")
-                tl.debug_barrier()
-                earliest = tile * blocks // SHARE
-                latest = (tile * blocks + blocks - 1) // SHARE
-                counter = count_ptr + tile * TEAMS + TEAM
-                is_done = gl.atomic_add(counter, 1, sem="acq_rel") == latest - earliest
+                shared = tile - WAVES * gl.num_programs(0)
+                earliest = shared * blocks // SHARE
+                latest = (shared * blocks + blocks - 1) // SHARE
+                counter = count_ptr + shared * TEAMS + TEAM
+                # a program has two parts at most: of its first shared tile, and of its last one
+                slot = 2 * gl.program_id(0) + (i - WAVES * blocks > count).to(gl.int32)
+                arrived = -1
+                if start == 0:  # the first part is most often the last to come, and need not be written then
+                    arrived = gl.atomic_add(counter, 0, sem="acquire")
+                if arrived < latest - earliest:
+                    gl.store(own + slot.to(gl.int64) * (BN * BM) + inside, acc, cache_modifier=".cg")
+                    tl.debug_barrier()
+                    arrived = gl.atomic_add(counter, 1, sem="acq_rel")
+                is_done = arrived == latest - earliest
                 if is_done:
                     gl.store(counter, 0)  # ready for the next call
-                    acc = gl.zeros([ROWS, BM], gl.float32, MMA)
                     # in order, whichever came last: the same bits; two are on the way where registers hold them
+                    if start > 0:
+                        slot = 2 * earliest + (earliest * SHARE < shared * blocks).to(gl.int32)
+                        acc = gl.load(own + slot.to(gl.int64) * (BN * BM) + inside, cache_modifier=".cg")
                     AT_ONCE: gl.constexpr = 2 if BM * ROWS <= 64 * 128 and TEAMS == 2 else 1
-                    for program in range(earliest, latest + 1, AT_ONCE):
-                        slot = 2 * program + (program * SHARE < tile * blocks).to(gl.int32)
-                        one = gl.load(own + slot.to(gl.int64) * (BN * BM) + inside, cache_modifier=".cg")
+                    for program in range(earliest + 1, latest + 1, AT_ONCE):
+                        one = gl.load(own + (2 * program).to(gl.int64) * (BN * BM) + inside, cache_modifier=".cg")
                         if AT_ONCE == 2:
                             two = gl.load(own + (2 * program + 2).to(gl.int64) * (BN * BM) + inside,
                                           mask=program < latest, other=0.0, cache_modifier=".cg")
@@ -241,29 +293,35 @@ def _multiply(
                         else:
                             acc = acc + one
         if is_done:
-            _store(acc, o_ptr, bias_ptr, pm, first, M, N, BM, ROWS, MMA, BIAS)
+            _store(acc, o_ptr, bias_ptr, pm, row_first, M, N, BM, ROWS, MMA, BIAS)
 
 
-@gluon.jit(do_not_specialize=["M", "SHARE", "blocks"])
+@gluon.jit(do_not_specialize=["M", "WAVES", "SHARE", "blocks"])
 def roles_kernel(
     x, w, s, z, row_ptr, token_ptr, bias_ptr, o_ptr, part_ptr, count_ptr, M, N, NP, pitch, blocks, z_stride, mult,
-    SHARE, P: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, SKIND: gl.constexpr,
+    WAVES, SHARE, P: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, SKIND: gl.constexpr,
     ZERO: gl.constexpr, ZEROS: gl.constexpr, U: gl.constexpr, TEAMS: gl.constexpr, BM: gl.constexpr,
     BN: gl.constexpr, XW: gl.constexpr, X_RING: gl.constexpr, W_STAGES: gl.constexpr, FLIGHT: gl.constexpr,
-    SUMS: gl.constexpr, STREAM: gl.constexpr, TOKENS: gl.constexpr, BIAS: gl.constexpr,
+    SUMS: gl.constexpr, TURNS: gl.constexpr, STREAM: gl.constexpr, BAND: gl.constexpr, TOKENS: gl.constexpr,
+    BIAS: gl.constexpr, WAITS: gl.constexpr,
 ):  # fmt: skip
     """o [M, N] = x [M, K] W^T in tiles of BN rows by BM tokens.
 
     x, w, s, z  tensor descriptors: [M, K], words [NP, KP / 8], scales and zero points of groups, in a row
     part_ptr    sums of parts of K, of two tiles a program at most: [2 * programs, BN, BM]; count_ptr counts those of
-                each tile and team
+                each shared tile and team
     pitch       how far apart values of neighbouring groups lie
-    SHARE       with STREAM the steps of 256 inputs that a program multiplies
+    WAVES       with STREAM whole tiles that each program multiplies first
+    SHARE       and the steps of 256 inputs that it then multiplies of the tiles that are left
     U           inputs that are multiplied at once: 64, or as many as a group has
     XW, X_RING  inputs of x that arrive at once, and times 256 inputs of x in shared memory
     W_STAGES    times 256 inputs of W in shared memory
     FLIGHT      products that may run while an operand is decoded beside the one that follows them: at most 1
     SUMS        sums of groups in turn: with 2 those of one are added while the next are made
+    TURNS       teams begin groups in turn, each when the one before has begun all products of its own
+    BAND        tiles of tokens that are walked together, for the cache
+    WAITS       launched while the kernel before it ends, which those warps wait for that read or write what it may;
+                the next one may be launched when the last sums are done (programmatic dependent launch)
     """
     D: gl.constexpr = x.dtype
     SCALES: gl.constexpr = 0 if SCALING == 0 and not ZEROS else 64 // P if SCALING == 2 else 256 // (R * P)
@@ -280,6 +338,9 @@ def roles_kernel(
     x_free = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
     w_ready = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
     w_free = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [TEAMS, 1], mbarrier.MBarrierLayout())
+    for team in gl.static_range(TEAMS):
+        mbarrier.init(turns.index(team), count=1)
     for stage in gl.static_range(X_STAGES):
         mbarrier.init(x_ready.index(stage), count=1)
         mbarrier.init(x_free.index(stage), count=TEAMS)
@@ -287,29 +348,31 @@ def roles_kernel(
         mbarrier.init(w_ready.index(stage), count=1)
         mbarrier.init(w_free.index(stage), count=TEAMS)
     fence_async_shared()
-    given = (x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, row_ptr, token_ptr, bias_ptr, o_ptr,
-             part_ptr, count_ptr)
+    given = (x_tiles, w_tiles, s_tiles, z_tiles, x_ready, x_free, w_ready, w_free, turns, row_ptr, token_ptr, bias_ptr,
+             o_ptr, part_ptr, count_ptr)
     if TEAMS == 2:
         gl.warp_specialize([
-            (_multiply, (0, given, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U, TEAMS,
-                         BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS)),
-            (_multiply, (1, given, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U, TEAMS,
-                         BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS)),
-            (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, blocks, z_stride, SHARE, P, G,
-                       R, SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM)),
-            (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, blocks, SHARE, BM, BN, XW, X_RING, STREAM)),
+            (_multiply, (0, given, M, N, NP, blocks, mult, WAVES, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U,
+                         TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, TURNS, STREAM, BAND, TOKENS, BIAS, WAITS)),
+            (_multiply, (1, given, M, N, NP, blocks, mult, WAVES, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U,
+                         TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, TURNS, STREAM, BAND, TOKENS, BIAS, WAITS)),
+            (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, blocks, z_stride, WAVES,
+                       SHARE, P, G, R, SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM, BAND)),
+            (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, blocks, WAVES, SHARE, BM, BN, XW, X_RING, STREAM, BAND,
+                       WAITS)),
         ], [4, 1, 1], [240, 24, 24])
     else:
         gl.warp_specialize([
-            (_multiply, (0, given, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U, TEAMS,
-                         BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS)),
-            (_multiply, (1, given, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U, TEAMS,
-                         BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS)),
-            (_multiply, (2, given, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U, TEAMS,
-                         BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS)),
-            (_multiply, (3, given, M, N, NP, blocks, mult, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U, TEAMS,
-                         BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, STREAM, TOKENS, BIAS)),
-            (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, blocks, z_stride, SHARE, P, G,
-                       R, SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM)),
-            (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, blocks, SHARE, BM, BN, XW, X_RING, STREAM)),
+            (_multiply, (0, given, M, N, NP, blocks, mult, WAVES, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U,
+                         TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, TURNS, STREAM, BAND, TOKENS, BIAS, WAITS)),
+            (_multiply, (1, given, M, N, NP, blocks, mult, WAVES, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U,
+                         TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, TURNS, STREAM, BAND, TOKENS, BIAS, WAITS)),
+            (_multiply, (2, given, M, N, NP, blocks, mult, WAVES, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U,
+                         TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, TURNS, STREAM, BAND, TOKENS, BIAS, WAITS)),
+            (_multiply, (3, given, M, N, NP, blocks, mult, WAVES, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U,
+                         TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, TURNS, STREAM, BAND, TOKENS, BIAS, WAITS)),
+            (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, blocks, z_stride, WAVES,
+                       SHARE, P, G, R, SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM, BAND)),
+            (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, blocks, WAVES, SHARE, BM, BN, XW, X_RING, STREAM, BAND,
+                       WAITS)),
         ], [4, 4, 4, 1, 1], [112, 112, 112, 24, 24])  # fmt: skip

@@ -28,8 +28,11 @@ class RolesConfig:
     unit      inputs that are multiplied at once
     teams     of four warps, which share the tile's rows
     x_width, x_ring   inputs of x that arrive at once, and steps of x in shared memory
+    turns     teams begin groups in turn
+    band      tiles of tokens that are walked together
     blocks    steps of a tile
-    share     steps that a program multiplies, of all tiles in a row; 0: programs take whole tiles in turn
+    waves     with shares: whole tiles that each program takes first
+    share     steps that a program multiplies of the tiles that are left; 0: programs take whole tiles in turn
     programs  with shares
     """
 
@@ -42,7 +45,10 @@ class RolesConfig:
     w_stages: int = 4
     flight: int = 1
     sums: int = 1
+    turns: bool = False
+    band: int = 8
     blocks: int = 0
+    waves: int = 0
     share: int = 0
     programs: int = 0
 
@@ -90,7 +96,7 @@ _TILES: Final[Mapping[str, tuple[Tile, ...]]] = {
     "groups": (
         _tile(RolesConfig(64, 128, x_ring=3, w_stages=6), 1.0, 5.3, 5.6, 2.9),
         _tile(RolesConfig(64, 256, 4, x_ring=3, w_stages=3, flight=0), 1.7, 5.8, 10.2, 9.4),
-        _tile(RolesConfig(128, 128, x_ring=2, w_stages=4), 1.63, 5.0, 9.7, 5.8),
+        _tile(RolesConfig(128, 128, x_ring=2, w_stages=4, turns=True), 1.45, 5.0, 9.7, 5.8),
     ),
     "small groups": (
         _tile(RolesConfig(64, 128, x_ring=3, w_stages=5, sums=2), 1.38, 5.2, 6.5, 4.0),
@@ -132,22 +138,29 @@ def _fitting(form: Form, tile: Tile) -> Tile:
 
 
 def divided(tile: Tile, rows: int, columns: int, tokens: int) -> Iterator[tuple[float, RolesConfig]]:
-    """Ways to divide the work among programs, and modelled seconds: whole tiles, equal parts of each, even shares."""
+    """Ways to divide the work among programs, and modelled seconds.
+
+    Whole tiles; or what is left of them when all programs have had as many is in equal parts of each, or even shares.
+    """
     blocks = -(-columns // _AT_ONCE)
     config = replace(tile.config, blocks=blocks)
-    count, least = config.tiles(tokens, rows), _LEAST
+    count = config.tiles(tokens, rows)
     yield tile.start + -(-count // _UNITS) * blocks * tile.step, config
-    if not tile.is_divisible:
+    waves, rest = divmod(count, _UNITS)
+    if not tile.is_divisible or not rest:
         return
-    for parts in range(2, min(_UNITS // count, blocks // least, _MOST_PARTS) + 1):
+    before = tile.start + waves * blocks * tile.step
+    for parts in range(2, min(_UNITS // rest, blocks // _LEAST, _MOST_PARTS) + 1):
         share = -(-blocks // parts)
         whole = -(-blocks // share) * share  # beyond the last block is nothing: zeros
-        yield (tile.start + tile.apart + share * tile.step,
-               replace(config, blocks=whole, share=share, programs=count * whole // share))
-    share = max(-(-count * blocks // _UNITS), least)
-    if share < -(-count // _UNITS) * blocks:
-        yield (tile.start + tile.even + share * tile.step,
-               replace(config, share=share, programs=-(-count * blocks // share)))
+        if not waves or whole == blocks:
+            yield (before + tile.apart + share * tile.step,
+                   replace(config, blocks=whole, waves=waves, share=share,
+                           programs=_UNITS if waves else rest * whole // share))
+    share = max(-(-rest * blocks // _UNITS), _LEAST)
+    if share < blocks:
+        yield (before + tile.even + share * tile.step,
+               replace(config, waves=waves, share=share, programs=_UNITS if waves else -(-rest * blocks // share)))
 
 
 def scales_of(form: Form) -> int:
@@ -185,6 +198,6 @@ def roles_constants(form: Form, config: RolesConfig, *, has_factors: bool, has_b
     return {name: shared[name] for name in ("P", "G", "SCALING", "SKIND", "ZERO", "ZEROS")} | {
         "R": form.run, "U": config.unit, "TEAMS": config.teams, "BM": config.tokens,
         "BN": config.rows, "XW": config.x_width, "X_RING": config.x_ring, "W_STAGES": config.w_stages,
-        "FLIGHT": config.flight, "SUMS": config.sums, "STREAM": config.share > 0, "TOKENS": has_factors,
-        "BIAS": has_bias,
+        "FLIGHT": config.flight, "SUMS": config.sums, "TURNS": config.turns, "STREAM": config.share > 0,
+        "BAND": config.band, "TOKENS": has_factors, "BIAS": has_bias, "WAITS": True,
     }  # fmt: skip

@@ -130,9 +130,9 @@ def _by_roles(
          _in_a_row(zeros, config.rows) if form.has_zeros else row, row,
          row if factors is None else factors, row if bias is None else bias.dtype, out_dtype, sums,
          counters, int, rows, padded_rows, pitch, config.blocks, pitch if zeros.shape[0] > 1 else 0,
-         half_factor(form, is_half=quantize is None and x.dtype == torch.float16), config.share],
+         half_factor(form, is_half=quantize is None and x.dtype == torch.float16), config.waves, config.share],
         roles_constants(form, config, has_factors=factors is not None, has_bias=bias is not None),
-        x.device, num_warps=4,
+        x.device, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     apart = x.stride(0) if tokens > 1 else columns
     return AlignedCall((tokens, rows), out_dtype, x.device, tokens, size, quantize, made,
