@@ -241,14 +241,17 @@ def test_where_rows_of_x_begin_does_not_matter(m: int) -> None:
 
 @on_hopper
 @pytest.mark.parametrize("name", TAKEN)
-def test_work_divided_in_any_way_gives_the_same_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("n", "k", "m"), [(1000, 4096, 150), (8960, 2048, 300)])
+def test_work_divided_in_any_way_gives_the_same_product(
+    name: str, n: int, k: int, m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every tile of the form; whole tiles, parts that begin with one, and shares that begin anywhere; the bits again."""
-    n, k, m = 1000, 4096, 150
     weight = sample_weight(TAKEN[name], (n, k), device="cuda")
     oracle = Oracle(weight, x := torch.randn(m, k, device="cuda", dtype=torch.bfloat16))
-    form = form_of(TAKEN[name], k)
-    ways = [config for tile in roles_launch.tiles(form) for _, config in roles_launch.divided(tile, 1024, k, m)]
+    form, rows = form_of(TAKEN[name], k), -(-n // ROWS) * ROWS
+    ways = [config for tile in roles_launch.tiles(form) for _, config in roles_launch.divided(tile, rows, k, m)]
     assert {0} < {config.share for config in ways}
+    assert any(config.waves for config in ways) == (n > 1000)
     for config in ways:
         monkeypatch.setattr(planes, "hopper_config", lambda *_, config=config: config)
         stored = stored_on_gpu(weight)
@@ -256,6 +259,36 @@ def test_work_divided_in_any_way_gives_the_same_product(name: str, monkeypatch: 
         assert not (fault := oracle.difference(y).fault), (config, fault)
         for _ in range(3):
             assert torch.equal(stored.linear(x, "prefill", None, torch.bfloat16), y), config
+
+
+@on_hopper
+@pytest.mark.parametrize("m", [40, 150, 300])
+def test_launches_that_overlap_read_what_the_one_before_has_written(m: int) -> None:
+    """Layer behind layer, each launched while the one before it ends: the bits of launches that wait for each other."""
+    layers = [stored_on_gpu(sample_weight(TAKEN[name], (k, k), device="cuda", seed=i)) for i, (name, k) in enumerate(
+        [("int4 g128", 2048), ("mxfp4", 2048), ("uint4 g32 zp", 2048), ("nvfp4", 2048), ("uint4 g128 zp", 2048)])]
+
+    def chain(x: torch.Tensor, *, waits: bool) -> torch.Tensor:
+        for stored in layers * 3:
+            x = stored.linear(x, "prefill", None, torch.bfloat16)
+            if waits:
+                torch.cuda.synchronize()
+        return x
+
+    x = torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16) * 2.0**-40
+    wanted = chain(x, waits=True)
+    assert torch.isfinite(wanted).all() and wanted.abs().amax() > 0
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        chain(x, waits=False)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(x, waits=False)
+    for _ in range(25):
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, wanted)
 
 
 @on_hopper

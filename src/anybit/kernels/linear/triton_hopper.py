@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
-from anybit.kernels.compiling import CompileCase
+from anybit.kernels.compiling import CompileCase, overlap
 from anybit.kernels.triton.planes_form import Form
 from anybit.kernels.triton.planes_hopper_launch import HopperConfig, hopper_constants, planned
 from anybit.kernels.triton.planes_hopper_roles_launch import (
@@ -59,7 +59,7 @@ def roles_cases(case: CompileCase, form: Form) -> Iterator[CompileCase]:
                 label=f"Gluon, {case.label}, {config.tokens} x {config.rows}{parts}", types=_types(case, form, config),
                 constants=roles_constants(form, config, has_factors=case.constants["TOKENS"],
                                           has_bias=case.constants["BIAS"]),
-                divisible=(*case.divisible, "pitch"), options={"launch_pdl": True},
+                divisible=(*case.divisible, "pitch"), options=overlap(config.waits),
                 expects=("wgmma",), spills=_SPILLS_OF_ROLES,
             )  # fmt: skip
 

@@ -165,7 +165,7 @@ def _multiply(
     tiles_m = gl.cdiv(M, BM)
     tiles_n = gl.cdiv(NP, BN)
     steps = _steps_of(tiles_m * tiles_n, blocks, WAVES, SHARE, STREAM)
-    mbarrier.wait(w_ready.index(0), 0)
+    mbarrier.wait(w_ready.index(0), 0, pred=steps > 0)
     words = w_tiles.index(0).slice(FIRST, ROWS).slice(0, P, dim=1).load(DOT)
     s0, s1, s2, s3 = folded(s_tiles, 0, FIRST, SCALES, FOLD, ROWS, DOT)
     a, rest = operands(words, s0, s1, s2, s3, z_tiles, 0, FIRST, 0, U, P, R, FOLD, SKIND, ZERO, ZEROS, ROWS, DOT, D)

@@ -30,6 +30,7 @@ class RolesConfig:
     x_width, x_ring   inputs of x that arrive at once, and steps of x in shared memory
     turns     teams begin groups in turn
     band      tiles of tokens that are walked together
+    waits     launched while the kernel before it ends
     blocks    steps of a tile
     waves     with shares: whole tiles that each program takes first
     share     steps that a program multiplies of the tiles that are left; 0: programs take whole tiles in turn
@@ -47,6 +48,7 @@ class RolesConfig:
     sums: int = 1
     turns: bool = False
     band: int = 8
+    waits: bool = True
     blocks: int = 0
     waves: int = 0
     share: int = 0
@@ -94,9 +96,9 @@ def _tile(config: RolesConfig, *times: float) -> Tile:
 # choice was 0.2 % slower than the fastest on average, 7 % at most.
 _TILES: Final[Mapping[str, tuple[Tile, ...]]] = {
     "groups": (
-        _tile(RolesConfig(64, 128, x_ring=3, w_stages=6), 1.0, 5.3, 5.6, 2.9),
-        _tile(RolesConfig(64, 256, 4, x_ring=3, w_stages=3, flight=0), 1.7, 5.8, 10.2, 9.4),
-        _tile(RolesConfig(128, 128, x_ring=2, w_stages=4, turns=True), 1.45, 5.0, 9.7, 5.8),
+        _tile(RolesConfig(64, 128, x_ring=3, w_stages=6), 1.0, 3.7, 6.0, 4.0),
+        _tile(RolesConfig(64, 256, 4, x_ring=3, w_stages=3, flight=0), 1.7, 4.3, 9.0, 8.0),
+        _tile(RolesConfig(128, 128, x_ring=2, w_stages=4, turns=True), 1.43, 3.3, 7.5, 5.5),
     ),
     "small groups": (
         _tile(RolesConfig(64, 128, x_ring=3, w_stages=5, sums=2), 1.38, 5.2, 6.5, 4.0),
@@ -199,5 +201,5 @@ def roles_constants(form: Form, config: RolesConfig, *, has_factors: bool, has_b
         "R": form.run, "U": config.unit, "TEAMS": config.teams, "BM": config.tokens,
         "BN": config.rows, "XW": config.x_width, "X_RING": config.x_ring, "W_STAGES": config.w_stages,
         "FLIGHT": config.flight, "SUMS": config.sums, "TURNS": config.turns, "STREAM": config.share > 0,
-        "BAND": config.band, "TOKENS": has_factors, "BIAS": has_bias, "WAITS": True,
+        "BAND": config.band, "TOKENS": has_factors, "BIAS": has_bias, "WAITS": config.waits,
     }  # fmt: skip

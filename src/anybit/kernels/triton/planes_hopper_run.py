@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
+from anybit.kernels.compiling import overlap
 from anybit.kernels.triton.launching import (
     ALIGNED,
     Argument,
@@ -132,7 +133,7 @@ def _by_roles(
          counters, int, rows, padded_rows, pitch, config.blocks, pitch if zeros.shape[0] > 1 else 0,
          half_factor(form, is_half=quantize is None and x.dtype == torch.float16), config.waves, config.share],
         roles_constants(form, config, has_factors=factors is not None, has_bias=bias is not None),
-        x.device, num_warps=4, launch_pdl=True,
+        x.device, num_warps=4, **overlap(config.waits),
     )  # fmt: skip
     apart = x.stride(0) if tokens > 1 else columns
     return AlignedCall((tokens, rows), out_dtype, x.device, tokens, size, quantize, made,
