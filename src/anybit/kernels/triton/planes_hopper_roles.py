@@ -156,6 +156,7 @@ def _multiply(
     FOLD: gl.constexpr = SCALING == 2
     ROWS: gl.constexpr = BN // TEAMS
     FIRST: gl.constexpr = TEAM * ROWS
+    SMALL: gl.constexpr = BM * ROWS <= 64 * 128  # sums that leave registers
     UNITS: gl.constexpr = 256 // U
     X_STAGES: gl.constexpr = 256 // XW  # of a step
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
@@ -183,7 +184,8 @@ def _multiply(
         count = gl.minimum(blocks - start, steps - i)
         rn = gl.arange(0, ROWS, OF_W)
         row_first = pn * BN + FIRST
-        row = gl.load(row_ptr + row_first + rn, mask=row_first + rn < NP, other=0.0)  # long before it is needed
+        if SMALL:  # long before it is needed
+            row = gl.load(row_ptr + row_first + rn, mask=row_first + rn < NP, other=0.0)
         acc = gl.zeros([ROWS, BM], gl.float32, MMA)
         part = acc
         other = acc
@@ -253,6 +255,8 @@ def _multiply(
             tl.extra.cuda.gdc_launch_dependents()
         rm = gl.arange(0, BM, OF_X)
         LACKS: gl.constexpr = 1.0 if FOLD else LACKS_BF16 if gl.bfloat16 == D else LACKS_FP16
+        if not SMALL:
+            row = gl.load(row_ptr + row_first + rn, mask=row_first + rn < NP, other=0.0)
         acc = (acc * (mult * LACKS)) * row[:, None]
         if TOKENS:
             acc = acc * gl.load(token_ptr + pm * BM + rm, mask=pm * BM + rm < M, other=0.0)[None, :]
@@ -282,7 +286,7 @@ def _multiply(
                     if start > 0:
                         slot = 2 * earliest + (earliest * SHARE < shared * blocks).to(gl.int32)
                         acc = gl.load(own + slot.to(gl.int64) * (BN * BM) + inside, cache_modifier=".cg")
-                    AT_ONCE: gl.constexpr = 2 if BM * ROWS <= 64 * 128 and TEAMS == 2 else 1
+                    AT_ONCE: gl.constexpr = 2 if SMALL and TEAMS == 2 else 1
                     for program in range(earliest + 1, latest + 1, AT_ONCE):
                         one = gl.load(own + (2 * program).to(gl.int64) * (BN * BM) + inside, cache_modifier=".cg")
                         if AT_ONCE == 2:
