@@ -20,7 +20,8 @@ from anybit.kernels.linear.triton_hopper import hopper_case, roles_cases
 from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.kernels.triton import planes_form, planes_launch
 from anybit.kernels.triton.planes_form import Form, form_of
-from anybit.kernels.triton.planes_hopper_launch import hopper_config, hopper_parts, hopper_seconds
+from anybit.kernels.triton.planes_hopper_launch import hopper_config, hopper_seconds, planned
+from anybit.kernels.triton.planes_hopper_roles_launch import RolesConfig, roles_parts
 from anybit.kernels.triton.planes_one_launch import ONE_ARCHS, OneConfig, one_constants, planned_one
 from anybit.kernels.triton.recipes import can_fake_quantize
 from anybit.platforms import Platform
@@ -218,8 +219,10 @@ def parts(request: Request) -> int:
     """Parts of split-K, on whichever architecture they are largest, and the quantized activations."""
     n, k = request.shape[-2:]
     sums = 16 * 4 * n * request.tokens if request.tokens <= 64 else 4 * n * request.tokens
-    on_hopper = hopper_parts(planes_form.form_of(request.scheme, k), n, k, request.tokens)
-    return 6 * request.tokens * k + max(sums, on_hopper)
+    form = planes_form.form_of(request.scheme, k)
+    if isinstance(planned(form, n, k, request.tokens), RolesConfig):
+        sums = max(sums, roles_parts(form, n, k, request.tokens))
+    return 6 * request.tokens * k + sums
 
 
 # --- what the gate compiles -------------------------------------------------------------------------------------------

@@ -18,15 +18,14 @@ from anybit.kernels.triton.planes_form import ROWS, Form
 from anybit.kernels.triton.planes_hopper_roles_launch import RolesConfig, roles_planned
 from anybit.kernels.triton.planes_launch import constants
 
-__all__ = ["HopperConfig", "has_gluon", "hopper_config", "hopper_constants", "hopper_parts", "hopper_seconds",
-           "planned", "shared_bytes", "takes"]
+__all__ = ["HopperConfig", "has_gluon", "hopper_config", "hopper_constants", "hopper_seconds", "planned",
+           "shared_bytes", "takes"]
 
 _ARCH: Final = "sm_90"
 _MULTIPROCESSORS: Final = 132
 _FIRST, _LAST = (3, 5), (3, 9)  # versions of Triton whose Gluon the kernels are written for
 _SPECIALIZES: Final = (3, 6)  # the first in which warps are given different work as `planes_hopper_roles` does
 _AT_ONCE: Final = 256  # inputs that the kernels take at once
-_MOST_OF_FEW: Final = 32  # tokens of a tile of `planes_hopper`
 _ALIGNED: Final = 16  # what K and the stride of x are multiples of, so that x is copied 16 bytes at a time
 
 
@@ -82,29 +81,12 @@ def hopper_seconds(form: Form, rows: int, columns: int, tokens: int, arch: str) 
     return roles_planned(form, -(-rows // ROWS) * ROWS, columns, tokens)[0]
 
 
-@lru_cache(maxsize=4096)
-def hopper_parts(form: Form, rows: int, columns: int, tokens: int) -> int:
-    """Bytes of sums that programs leave for others in calls of up to so many tokens, whatever is installed; pure."""
-    if columns % _ALIGNED or not rows or not takes(form):
-        return 0
-    padded, most = -(-rows // ROWS) * ROWS, 0
-    for m in range(_MOST_OF_FEW, tokens + _MOST_OF_FEW, _MOST_OF_FEW):  # no tile changes in between
-        config = planned(form, rows, columns, min(m, tokens))
-        if isinstance(config, RolesConfig):
-            most = max(most, 4 * config.parts)
-        elif config is not None and config.split > 1:
-            most = max(most, 4 * config.split * config.tokens * padded)
-    return most
-
-
 def planned(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig | RolesConfig | None:
     """The same, whatever is installed; pure."""
     if columns % _ALIGNED or not rows or not takes(form):
         return None
     rows = -(-rows // ROWS) * ROWS
-    if tokens <= _MOST_OF_FEW:
-        return _few(form, rows, columns, tokens)
-    return roles_planned(form, rows, columns, tokens)[1]
+    return _few(form, rows, columns, tokens) if tokens <= 32 else roles_planned(form, rows, columns, tokens)[1]
 
 
 def shared_bytes(form: Form, config: HopperConfig) -> int:

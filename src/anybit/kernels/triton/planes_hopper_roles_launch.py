@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import inf
 from typing import Any, Final, NamedTuple
 
-from anybit.kernels.triton.planes_form import Form
+from anybit.kernels.triton.planes_form import ROWS, Form
 from anybit.kernels.triton.planes_launch import constants
 
-__all__ = ["X_COLUMNS", "RolesConfig", "Tile", "divided", "roles_bytes", "roles_constants", "roles_planned",
-           "scale_layout", "scales_of", "tiles", "word_layout", "x_layout"]
+__all__ = ["X_COLUMNS", "RolesConfig", "Tile", "divided", "roles_bytes", "roles_constants", "roles_parts",
+           "roles_planned", "scale_layout", "scales_of", "tiles", "word_layout", "x_layout"]
 
 X_COLUMNS: Final = 64  # inputs of a box of x: 128 bytes
 _AT_ONCE: Final = 256  # inputs of a step
@@ -117,6 +118,14 @@ def roles_planned(form: Form, rows: int, columns: int, tokens: int) -> tuple[flo
     """Seconds and the launch of a product of `tokens` with a weight of `rows`, padded, that is taken on sm_90; pure."""
     found = [made for tile in tiles(form) for made in divided(tile, rows, columns, tokens)]
     return min(found, key=lambda pair: pair[0])
+
+
+@lru_cache(maxsize=4096)
+def roles_parts(form: Form, rows: int, columns: int, tokens: int) -> int:
+    """Bytes of the sums that programs leave for others in calls of up to so many tokens; pure."""
+    step = min(tile.config.tokens for tile in tiles(form))  # no launch changes within it
+    padded, calls = -(-rows // ROWS) * ROWS, range(step, tokens + step, step)
+    return 4 * max((roles_planned(form, padded, columns, m)[1].parts for m in calls), default=0)
 
 
 def _kind(form: Form) -> str:
