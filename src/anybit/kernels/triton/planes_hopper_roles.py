@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anybit.kernels.triton.planes_hopper_roles_decode import LACKS_BF16, LACKS_FP16, folded, operands
-from anybit.kernels.triton.w8a8_hopper_jit import add_scaled, load_tile, place
+from anybit.kernels.triton.w8a8_hopper_jit import add_scaled, load_tile
 
 
 @gluon.jit
@@ -60,7 +60,7 @@ def _step_at(i, blocks, WAVES, SHARE, STREAM: gl.constexpr):
 @gluon.jit
 def _copy_x(
     x, x_tiles, ready, free, M, NP, blocks, WAVES, SHARE, BM: gl.constexpr, BN: gl.constexpr, XW: gl.constexpr,
-    X_RING: gl.constexpr, STREAM: gl.constexpr, BAND: gl.constexpr, WAITS: gl.constexpr,
+    X_RING: gl.constexpr, STREAM: gl.constexpr, WAITS: gl.constexpr,
 ):  # fmt: skip
     """The warp that copies x; what lies beyond it becomes zeros."""
     if WAITS:
@@ -68,15 +68,13 @@ def _copy_x(
     STAGES: gl.constexpr = 256 // XW  # of a step
     BOXES: gl.constexpr = XW // 64
     tiles_m = gl.cdiv(M, BM)
-    tiles_n = gl.cdiv(NP, BN)
-    steps = _steps_of(tiles_m * tiles_n, blocks, WAVES, SHARE, STREAM)
+    steps = _steps_of(tiles_m * gl.cdiv(NP, BN), blocks, WAVES, SHARE, STREAM)
     at = 0
     phase = 0
     i = 0
     while i < steps:
         tile, start = _step_at(i, blocks, WAVES, SHARE, STREAM)
-        pm, _ = place(tile, tiles_m, tiles_n, BAND)
-        first = pm * BM
+        first = tile % tiles_m * BM
         for block in range(start, start + gl.minimum(blocks - start, steps - i)):
             for q in gl.static_range(STAGES):
                 stage = at * STAGES + q
@@ -93,21 +91,19 @@ def _copy_x(
 def _copy_w(
     w, s, z, w_tiles, s_tiles, z_tiles, ready, free, M, NP, pitch, blocks, z_stride, WAVES, SHARE,
     P: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, ZEROS: gl.constexpr, SCALES: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, STREAM: gl.constexpr, BAND: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, STREAM: gl.constexpr,
 ):  # fmt: skip
     """The warp that copies what is stored of W, 256 inputs at a time; it waits for no kernel before this one."""
     S_BYTES: gl.constexpr = s_tiles.dtype.primitive_bitwidth // 8 if SCALING > 0 else 0
     BYTES: gl.constexpr = BN * 128 + SCALES * BN * (S_BYTES + (1 if ZEROS else 0))
     tiles_m = gl.cdiv(M, BM)
-    tiles_n = gl.cdiv(NP, BN)
-    steps = _steps_of(tiles_m * tiles_n, blocks, WAVES, SHARE, STREAM)
+    steps = _steps_of(tiles_m * gl.cdiv(NP, BN), blocks, WAVES, SHARE, STREAM)
     stage = 0
     phase = 0
     i = 0
     while i < steps:
         tile, start = _step_at(i, blocks, WAVES, SHARE, STREAM)
-        _, pn = place(tile, tiles_m, tiles_n, BAND)
-        first = pn * BN
+        first = tile // tiles_m * BN
         for block in range(start, start + gl.minimum(blocks - start, steps - i)):
             mbarrier.wait(free.index(stage), phase ^ 1)
             mbarrier.expect(ready.index(stage), BYTES)
@@ -146,7 +142,7 @@ def _multiply(
     P: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, SKIND: gl.constexpr, ZERO: gl.constexpr,
     ZEROS: gl.constexpr, SCALES: gl.constexpr, U: gl.constexpr, TEAMS: gl.constexpr, BM: gl.constexpr,
     BN: gl.constexpr, XW: gl.constexpr, X_RING: gl.constexpr, W_STAGES: gl.constexpr, FLIGHT: gl.constexpr,
-    SUMS: gl.constexpr, TURNS: gl.constexpr, STREAM: gl.constexpr, BAND: gl.constexpr, TOKENS: gl.constexpr,
+    SUMS: gl.constexpr, TURNS: gl.constexpr, STREAM: gl.constexpr, TOKENS: gl.constexpr,
     BIAS: gl.constexpr, WAITS: gl.constexpr,
 ):  # fmt: skip
     """A team's work: its rows of the tiles of W, all their tokens."""
@@ -164,8 +160,7 @@ def _multiply(
     OF_W: gl.constexpr = gl.SliceLayout(1, MMA)
     OF_X: gl.constexpr = gl.SliceLayout(0, MMA)
     tiles_m = gl.cdiv(M, BM)
-    tiles_n = gl.cdiv(NP, BN)
-    steps = _steps_of(tiles_m * tiles_n, blocks, WAVES, SHARE, STREAM)
+    steps = _steps_of(tiles_m * gl.cdiv(NP, BN), blocks, WAVES, SHARE, STREAM)
     mbarrier.wait(w_ready.index(0), 0, pred=steps > 0)
     words = w_tiles.index(0).slice(FIRST, ROWS).slice(0, P, dim=1).load(DOT)
     s0, s1, s2, s3 = folded(s_tiles, 0, FIRST, SCALES, FOLD, ROWS, DOT)
@@ -180,7 +175,8 @@ def _multiply(
     i = 0
     while i < steps:
         tile, start = _step_at(i, blocks, WAVES, SHARE, STREAM)
-        pm, pn = place(tile, tiles_m, tiles_n, BAND)
+        pm = tile % tiles_m
+        pn = tile // tiles_m
         count = gl.minimum(blocks - start, steps - i)
         rn = gl.arange(0, ROWS, OF_W)
         row_first = pn * BN + FIRST
@@ -306,7 +302,7 @@ def roles_kernel(
     WAVES, SHARE, P: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SCALING: gl.constexpr, SKIND: gl.constexpr,
     ZERO: gl.constexpr, ZEROS: gl.constexpr, U: gl.constexpr, TEAMS: gl.constexpr, BM: gl.constexpr,
     BN: gl.constexpr, XW: gl.constexpr, X_RING: gl.constexpr, W_STAGES: gl.constexpr, FLIGHT: gl.constexpr,
-    SUMS: gl.constexpr, TURNS: gl.constexpr, STREAM: gl.constexpr, BAND: gl.constexpr, TOKENS: gl.constexpr,
+    SUMS: gl.constexpr, TURNS: gl.constexpr, STREAM: gl.constexpr, TOKENS: gl.constexpr,
     BIAS: gl.constexpr, WAITS: gl.constexpr,
 ):  # fmt: skip
     """o [M, N] = x [M, K] W^T in tiles of BN rows by BM tokens.
@@ -323,7 +319,6 @@ def roles_kernel(
     FLIGHT      products that may run while an operand is decoded beside the one that follows them: at most 1
     SUMS        sums of groups in turn: with 2 those of one are added while the next are made
     TURNS       teams begin groups in turn, each when the one before has begun all products of its own
-    BAND        tiles of tokens that are walked together, for the cache
     WAITS       launched while the kernel before it ends, which those warps wait for that read or write what it may;
                 the next one may be launched when the last sums are done (programmatic dependent launch)
     """
@@ -357,26 +352,24 @@ def roles_kernel(
     if TEAMS == 2:
         gl.warp_specialize([
             (_multiply, (0, given, M, N, NP, blocks, mult, WAVES, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U,
-                         TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, TURNS, STREAM, BAND, TOKENS, BIAS, WAITS)),
+                         TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, TURNS, STREAM, TOKENS, BIAS, WAITS)),
             (_multiply, (1, given, M, N, NP, blocks, mult, WAVES, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U,
-                         TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, TURNS, STREAM, BAND, TOKENS, BIAS, WAITS)),
+                         TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, TURNS, STREAM, TOKENS, BIAS, WAITS)),
             (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, blocks, z_stride, WAVES,
-                       SHARE, P, G, R, SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM, BAND)),
-            (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, blocks, WAVES, SHARE, BM, BN, XW, X_RING, STREAM, BAND,
-                       WAITS)),
+                       SHARE, P, G, R, SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM)),
+            (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, blocks, WAVES, SHARE, BM, BN, XW, X_RING, STREAM, WAITS)),
         ], [4, 1, 1], [240, 24, 24])
     else:
         gl.warp_specialize([
             (_multiply, (0, given, M, N, NP, blocks, mult, WAVES, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U,
-                         TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, TURNS, STREAM, BAND, TOKENS, BIAS, WAITS)),
+                         TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, TURNS, STREAM, TOKENS, BIAS, WAITS)),
             (_multiply, (1, given, M, N, NP, blocks, mult, WAVES, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U,
-                         TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, TURNS, STREAM, BAND, TOKENS, BIAS, WAITS)),
+                         TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, TURNS, STREAM, TOKENS, BIAS, WAITS)),
             (_multiply, (2, given, M, N, NP, blocks, mult, WAVES, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U,
-                         TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, TURNS, STREAM, BAND, TOKENS, BIAS, WAITS)),
+                         TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, TURNS, STREAM, TOKENS, BIAS, WAITS)),
             (_multiply, (3, given, M, N, NP, blocks, mult, WAVES, SHARE, P, R, SCALING, SKIND, ZERO, ZEROS, SCALES, U,
-                         TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, TURNS, STREAM, BAND, TOKENS, BIAS, WAITS)),
+                         TEAMS, BM, BN, XW, X_RING, W_STAGES, FLIGHT, SUMS, TURNS, STREAM, TOKENS, BIAS, WAITS)),
             (_copy_w, (w, s, z, w_tiles, s_tiles, z_tiles, w_ready, w_free, M, NP, pitch, blocks, z_stride, WAVES,
-                       SHARE, P, G, R, SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM, BAND)),
-            (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, blocks, WAVES, SHARE, BM, BN, XW, X_RING, STREAM, BAND,
-                       WAITS)),
+                       SHARE, P, G, R, SCALING, ZEROS, SCALES, BM, BN, W_STAGES, STREAM)),
+            (_copy_x, (x, x_tiles, x_ready, x_free, M, NP, blocks, WAVES, SHARE, BM, BN, XW, X_RING, STREAM, WAITS)),
         ], [4, 4, 4, 1, 1], [112, 112, 112, 24, 24])  # fmt: skip

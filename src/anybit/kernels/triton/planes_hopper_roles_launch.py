@@ -20,6 +20,8 @@ _UNITS: Final = 132
 _STAGE_BYTES: Final = 222_000  # of shared memory: results pass through the rest, and barriers lie there
 _LEAST: Final = 4  # steps that a program has of a part of a tile, at least
 _MOST_PARTS: Final = 8
+_DIVIDED: Final = 1.02  # less than is gained so is lost as often
+_ASTRAY: Final = 1.06  # times a step, where programs are long at different blocks of K: fewer read the same x at a time
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,6 @@ class RolesConfig:
     teams     of four warps, which share the tile's rows
     x_width, x_ring   inputs of x that arrive at once, and steps of x in shared memory
     turns     teams begin groups in turn
-    band      tiles of tokens that are walked together
     waits     launched while the kernel before it ends
     blocks    steps of a tile
     waves     with shares: whole tiles that each program takes first
@@ -48,7 +49,6 @@ class RolesConfig:
     flight: int = 1
     sums: int = 1
     turns: bool = False
-    band: int = 8
     waits: bool = True
     blocks: int = 0
     waves: int = 0
@@ -72,19 +72,19 @@ class RolesConfig:
 class Tile(NamedTuple):
     """A tile, and how long it takes (seconds): a step, and once a call; more where tiles are divided.
 
-    even, apart  into even shares of all steps, which begin anywhere; into equal parts of each tile. Infinity: never
+    shared, part  then once a call, and for each part of a tile. Infinity: never
     """
 
     config: RolesConfig
     step: float
     start: float
-    even: float
-    apart: float
+    shared: float
+    part: float
 
     @property
     def is_divisible(self) -> bool:
         """True where programs may share a tile."""
-        return self.even < inf
+        return self.shared < inf
 
 
 def _tile(config: RolesConfig, *times: float) -> Tile:
@@ -92,24 +92,24 @@ def _tile(config: RolesConfig, *times: float) -> Tile:
     return Tile(config, step, start, even, apart)
 
 
-# As measured on an H200 (a product alone, weights cold, 11 weights, M 48 to 1024), by what an accumulator sums: groups,
-# groups of fewer than 64 inputs, or whole rows. Over the 83 cells that were timed in all of these ways the model's
-# choice was 0.2 % slower than the fastest on average, 7 % at most.
+# As measured on an H200 (a product alone, weights cold, M 48 to 1024), by what an accumulator sums: groups, groups of
+# fewer than 64 inputs, or whole rows. Groups: 85 cells, the model is 4 % off (root mean square), most where the chip's
+# power limits its clock. What dividing costs depends on the tile alone.
 _TILES: Final[Mapping[str, tuple[Tile, ...]]] = {
     "groups": (
-        _tile(RolesConfig(64, 128, x_ring=3, w_stages=6), 1.0, 3.7, 6.0, 4.0),
-        _tile(RolesConfig(64, 256, 4, x_ring=3, w_stages=3, flight=0), 1.7, 4.3, 9.0, 8.0),
-        _tile(RolesConfig(128, 128, x_ring=2, w_stages=4, turns=True), 1.43, 3.3, 7.5, 5.5),
+        _tile(RolesConfig(64, 128, x_ring=3, w_stages=6), 0.97, 4.4, 0.5, 2.2),
+        _tile(RolesConfig(64, 256, 4, x_ring=3, w_stages=3, flight=0), 1.71, 4.4, 5.8, 1.3),
+        _tile(RolesConfig(128, 128, x_ring=2, w_stages=4, turns=True), 1.45, 2.8, 4.6, 2.1),
     ),
     "small groups": (
-        _tile(RolesConfig(64, 128, x_ring=3, w_stages=5, sums=2), 1.38, 5.2, 6.5, 4.0),
-        _tile(RolesConfig(128, 128, x_ring=2, w_stages=4), 2.2, 5.6, 10.6, 6.0),
+        _tile(RolesConfig(64, 128, x_ring=3, w_stages=5, sums=2), 1.36, 4.2, 0.5, 2.2),
+        _tile(RolesConfig(128, 128, x_ring=2, w_stages=4), 2.15, 4.6, 4.6, 2.1),
     ),
     "rows": (
-        _tile(RolesConfig(64, 128, x_ring=3, w_stages=6), 1.2, 4.9, 6.3, 3.7),
-        _tile(RolesConfig(64, 256, x_ring=2, w_stages=4, flight=0), 2.2, 4.0, 12.3, 11.6),
-        _tile(RolesConfig(128, 128, x_ring=2, w_stages=4), 1.6, 4.4, 10.1, 6.1),
-        _tile(RolesConfig(256, 128, x_ring=1, w_stages=4, x_width=64), 2.7, 3.4, inf, inf),
+        _tile(RolesConfig(64, 128, x_ring=3, w_stages=6, waits=False), 1.2, 4.9, 0.5, 2.2),
+        _tile(RolesConfig(64, 256, x_ring=2, w_stages=4, flight=0, waits=False), 2.2, 4.0, 5.8, 1.3),
+        _tile(RolesConfig(128, 128, x_ring=2, w_stages=4, waits=False), 1.6, 4.4, 4.6, 2.1),
+        _tile(RolesConfig(256, 128, x_ring=1, w_stages=4, x_width=64, waits=False), 2.7, 3.4, inf, inf),
     ),
 }
 
@@ -151,27 +151,31 @@ def _fitting(form: Form, tile: Tile) -> Tile:
 def divided(tile: Tile, rows: int, columns: int, tokens: int) -> Iterator[tuple[float, RolesConfig]]:
     """Ways to divide the work among programs, and modelled seconds.
 
-    Whole tiles; or what is left of them when all programs have had as many is in equal parts of each, or even shares.
+    Whole tiles; or, of all of them or of what is left when all programs have had as many, parts or even shares.
     """
     blocks = -(-columns // _AT_ONCE)
     config = replace(tile.config, blocks=blocks)
     count = config.tiles(tokens, rows)
     yield tile.start + -(-count // _UNITS) * blocks * tile.step, config
-    waves, rest = divmod(count, _UNITS)
-    if not tile.is_divisible or not rest:
+    most = count // _UNITS
+    if not tile.is_divisible or count == most * _UNITS:
         return
-    before = tile.start + waves * blocks * tile.step
-    for parts in range(2, min(_UNITS // rest, blocks // _LEAST, _MOST_PARTS) + 1):
-        share = -(-blocks // parts)
-        whole = -(-blocks // share) * share  # beyond the last block is nothing: zeros
-        if not waves or whole == blocks:
-            yield (before + tile.apart + share * tile.step,
-                   replace(config, blocks=whole, waves=waves, share=share,
-                           programs=_UNITS if waves else rest * whole // share))
-    share = max(-(-rest * blocks // _UNITS), _LEAST)
-    if share < blocks:
-        yield (before + tile.even + share * tile.step,
-               replace(config, waves=waves, share=share, programs=_UNITS if waves else -(-rest * blocks // share)))
+    for waves in sorted({most, max(most - 1, 0), 0}, reverse=True):
+        rest = count - waves * _UNITS
+        before = tile.start + waves * blocks * tile.step + tile.shared
+        for parts in range(2, min(_UNITS // rest, blocks // _LEAST, _MOST_PARTS) + 1):
+            share = -(-blocks // parts)
+            whole = -(-blocks // share) * share  # beyond the last block is nothing: zeros
+            if not waves or whole == blocks:
+                yield (_DIVIDED * (before + whole / share * tile.part + share * tile.step),
+                       replace(config, blocks=whole, waves=waves, share=share,
+                               programs=_UNITS if waves else rest * whole // share))
+        share = max(-(-rest * blocks // _UNITS), _LEAST)
+        if share < -(-rest // _UNITS) * blocks:
+            step = tile.step * (_ASTRAY if share > blocks else 1)
+            yield (_DIVIDED * (before + blocks / share * tile.part + share * step),
+                   replace(config, waves=waves, share=share,
+                           programs=_UNITS if waves else -(-rest * blocks // share)))
 
 
 def scales_of(form: Form) -> int:
@@ -210,5 +214,5 @@ def roles_constants(form: Form, config: RolesConfig, *, has_factors: bool, has_b
         "R": form.run, "U": config.unit, "TEAMS": config.teams, "BM": config.tokens,
         "BN": config.rows, "XW": config.x_width, "X_RING": config.x_ring, "W_STAGES": config.w_stages,
         "FLIGHT": config.flight, "SUMS": config.sums, "TURNS": config.turns, "STREAM": config.share > 0,
-        "BAND": config.band, "TOKENS": has_factors, "BIAS": has_bias, "WAITS": config.waits,
+        "TOKENS": has_factors, "BIAS": has_bias, "WAITS": config.waits,
     }  # fmt: skip
