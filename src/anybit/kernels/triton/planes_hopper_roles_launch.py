@@ -72,7 +72,7 @@ class RolesConfig:
 class Tile(NamedTuple):
     """A tile, and how long it takes (seconds): a step, and once a call; more where tiles are divided.
 
-    shared, part  then once a call, and for each part of a tile. Infinity: never
+    shared, part  then also once a call, and for each part of a tile; infinity: never
     """
 
     config: RolesConfig
@@ -88,8 +88,7 @@ class Tile(NamedTuple):
 
 
 def _tile(config: RolesConfig, *times: float) -> Tile:
-    step, start, even, apart = (1e-6 * time for time in times)
-    return Tile(config, step, start, even, apart)
+    return Tile(config, *(1e-6 * time for time in times))
 
 
 # As measured on an H200 (a product alone, weights cold, M 48 to 1024), by what an accumulator sums: groups, groups of
