@@ -6,6 +6,7 @@ The family's own tests (test_triton_planes.py) run them too where the GPU is sm_
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -55,10 +56,40 @@ def test_tiles_cover_the_padded_rows_and_are_what_the_instruction_takes() -> Non
         assert config.tokens % 8 == 0 and config.tokens <= 256
 
 
-def test_no_part_of_k_is_without_work() -> None:
+def test_programs_of_few_tokens_have_every_step_once_and_each_has_some() -> None:
     for name, n, k, m, config in FEW:
-        times = -(-k // 256)
-        assert -(-times // config.split) * (config.split - 1) < times, (name, n, k, m, config)
+        form, rows = form_of(TAKEN[name], k), -(-n // ROWS) * ROWS
+        blocks = -(-form.padded(k) // 256)
+        line = config.line(m, rows, form.padded(k))
+        lengths = [line.share + (p < line.longer) for p in range(line.programs)]
+        begins = [0, *accumulate(lengths)]
+        assert begins[-1] == config.tiles(m, rows) * line.blocks, (name, n, k, m, config)
+        has = [sum(step % line.blocks < blocks for step in range(a, b)) for a, b in pairwise(begins)]
+        assert min(has) > 0 and sum(has) == config.tiles(m, rows) * blocks, (name, n, k, m, config)
+        if line.blocks > blocks:  # steps beyond the last: no program goes on into another tile
+            assert all(a // line.blocks == (b - 1) // line.blocks for a, b in pairwise(begins))
+
+
+def test_a_program_of_few_tokens_has_at_most_two_unfinished_tiles() -> None:
+    for name, n, k, m, config in FEW:
+        padded, rows = form_of(TAKEN[name], k).padded(k), -(-n // ROWS) * ROWS
+        line = config.line(m, rows, padded)
+        if not config.is_shared:
+            assert line.blocks == line.share and not line.longer, (name, n, k, m, config)
+        begin = 0
+        for p in range(min(line.programs, 400)):
+            end = begin + line.share + (p < line.longer)
+            cut = {t for t in range(begin // line.blocks, (end - 1) // line.blocks + 1)
+                   if t * line.blocks < begin or (t + 1) * line.blocks > end}  # fmt: skip
+            assert cut <= {begin // line.blocks, (end - 1) // line.blocks} and (config.is_shared or not cut)
+            begin = end
+
+
+def test_where_results_must_not_depend_on_the_other_rows_no_share_is_cut_by_their_number() -> None:
+    for name, scheme in TAKEN.items():
+        for n, k in SHAPES:
+            config = launch.planned(form_of(scheme, k), n, k, 16, pinned=True)
+            assert config is None or config.resident == 0, (name, n, k, config)
 
 
 def steps_of(program: int, config: RolesConfig, tiles: int) -> list[tuple[int, int]]:
@@ -284,6 +315,32 @@ def test_launches_that_overlap_read_what_the_one_before_has_written(m: int) -> N
         y.fill_(float("nan"))
         graph.replay()
         assert torch.equal(y, wanted)
+
+
+@on_hopper
+@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize(("n", "k", "split"), [(1000, 4080, 3), (20050, 1280, 1)])  # padded to whole tiles of 128 rows
+def test_few_tokens_divided_in_any_way_give_the_same_product(
+    name: str, n: int, k: int, split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tile that some shape has, in even shares of one step and of several, in parts and whole; the bits again."""
+    tiles = {replace(config, split=split, resident=0, registers=0) for form, *_, config in FEW
+             if form == name and config.tokens <= 16}  # fmt: skip
+    shared = {config for form, *_, config in FEW if form == name and config.resident}
+    assert all(-(-n // ROWS) * ROWS % config.rows == 0 for config in tiles | shared)
+    weight = sample_weight(TAKEN[name], (n, k), device="cuda")
+    for m in (5, 16, 37):  # 37: tiles of tokens, as where launches are pinned
+        oracle = Oracle(weight, x := torch.randn(m, k, device="cuda", dtype=torch.bfloat16))
+        for config in tiles | shared:
+            if config.tokens < m <= 16:
+                continue
+            monkeypatch.setattr(planes, "one_config", lambda *_: None)
+            monkeypatch.setattr(planes, "hopper_config", lambda *_, config=config, **__: config)
+            stored = stored_on_gpu(weight)
+            y = stored.linear(x, "small", None, torch.bfloat16)
+            assert not (fault := oracle.difference(y).fault), (m, config, fault)
+            for _ in range(3):
+                assert torch.equal(stored.linear(x, "small", None, torch.bfloat16), y), (m, config)
 
 
 @on_hopper

@@ -48,9 +48,9 @@ TAKEN = {
 }  # fmt: skip
 
 
-def test_folded_scales_coarse_bytes_and_codes_of_nan_are_left_to_other_kernels() -> None:
+def test_coarse_bytes_and_codes_of_nan_are_left_to_other_kernels() -> None:
     left = [name for name, scheme in _SAMPLES.items() if name not in TAKEN]
-    assert left == ["int8 channel", "mxfp4", "nvfp4", "fp8 block128"]
+    assert left == ["int8 channel", "fp8 block128"]
     special = replace(form_of(TAKEN["mxfp8"], 4096), special=1)
     assert launch.planned_one(special, 4096, 4096) is None
 
@@ -122,6 +122,24 @@ def test_products_of_bfloat16_are_within_the_bound(name: str) -> None:
 
 
 @on_hopper
+@pytest.mark.parametrize("name", ["int4 g128", "nvfp4", "mxfp4", "uint4 g128 zp", "q4_k", "int3 g128", "nf4 g32 to bf16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_programs_of_every_size_give_the_product(name: str, dtype: torch.dtype) -> None:
+    """Many rows and few, long rows and short: each way in which warps share rows and K."""
+    found = set()
+    for n, k in ((21200, 768), (8500, 768), (1000, 4096), (520, 13824)):
+        config = launch.planned_one(form_of(TAKEN[name], k), n, k)
+        assert config is not None
+        found.add((config.rows, config.warps, config.along))
+        weight = sample_weight(TAKEN[name], (n, k), device="cuda", seed=n)
+        x = torch.randn(1, k, device="cuda", dtype=dtype)
+        stored, out = stored_on_gpu(weight, dtype), torch.float32 if dtype == torch.float16 else dtype
+        difference = compare(weight, lambda x, stored=stored, out=out: stored.linear(x, "decode", None, out), x)
+        assert difference.ok, f"{name} N={n} K={k}: {difference.fault}"
+    assert len(found) >= 3
+
+
+@on_hopper
 @pytest.mark.parametrize("name", ["q4_k", "q6_k", "int3 g128", "q8_0", "mxfp6_e2m3", "nf4 g64 to fp16", "uint7 g32 zp"])
 def test_products_of_float16_are_within_the_bound(name: str) -> None:
     demand_products(name, torch.float16)
@@ -145,7 +163,7 @@ def test_bias_float32_results_and_an_unaligned_row_are_served(name: str) -> None
 
 
 @on_hopper
-@pytest.mark.parametrize("name", ["q4_k", "q8_0", "nf4 g64 to bf16"])
+@pytest.mark.parametrize("name", ["q4_k", "q8_0", "nf4 g64 to bf16", "int4 g128", "nvfp4"])
 def test_nan_stays_in_its_row_and_calls_repeat_bit_for_bit(name: str) -> None:
     weight = sample_weight(TAKEN[name], (192, 1024), device="cuda")
     stored = stored_on_gpu(weight, torch.bfloat16)

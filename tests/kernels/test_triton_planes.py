@@ -296,7 +296,7 @@ def word_of(value: torch.Tensor) -> int:
 
 
 _WORDS = {"shl.b32": lambda a: a[0] << a[1], "shr.u32": lambda a: a[0] >> a[1], "and.b32": lambda a: a[0] & a[1],
-          "mov.b32": lambda a: a[0], "mad.lo.u32": lambda a: a[0] * a[1] + a[2],
+          "or.b32": lambda a: a[0] | a[1], "mov.b32": lambda a: a[0], "mad.lo.u32": lambda a: a[0] * a[1] + a[2],
           "shf.r.wrap.b32": lambda a: (a[1] << 32 | a[0]) >> a[2] % 32,
           "add.f32": lambda a: word_of(single(a[0]) + single(a[1])),
           "sub.f32": lambda a: word_of(single(a[0]) - single(a[1]))}
@@ -324,7 +324,10 @@ def run_ptx(text: str, inputs: list[int], outputs: int = 1) -> int:
         a = [value(name) for name in names]
         if operation == "prmt.b32":
             source = (a[1] << 32 | a[0]).to_bytes(8, "little")
-            result = sum(source[a[2] >> 4 * i & 7] << 8 * i for i in range(4))
+            chosen = [(source[a[2] >> 4 * i & 7], a[2] >> 4 * i & 8) for i in range(4)]
+            # a selector of eight and more: the sign of the byte, eight times
+            result = sum((byte if not of_sign else byte // 128 * 255) << 8 * i
+                         for i, (byte, of_sign) in enumerate(chosen))
         elif operation == "lop3.b32":
             assert a[3] == 0xEA  # (a & b) | c
             result = a[0] & a[1] | a[2]
@@ -377,6 +380,36 @@ def test_inline_assembly_decodes_every_nibble(field: int, dtype: torch.dtype) ->
         pairs = torch.tensor([got & 0xFFFF, got >> 16], dtype=torch.int32).to(torch.int16).view(dtype).double()
         wanted = [(-1.0 if code & 8 else 1.0) * e2m1[code & 7] * scale for code in (low, high)]
         assert (pairs * (2.0**8 if is_half else 2.0**26)).tolist() == wanted
+
+
+@pytest.mark.parametrize("field", range(8))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inline_assembly_makes_multiples_of_a_power_of_two_of_every_nibble(field: int, dtype: torch.dtype) -> None:
+    kernels = pytest.importorskip("anybit.kernels.triton.planes_kernels")
+    lacking = 64.0 if dtype == torch.bfloat16 else 512.0
+    text = kernels._nibbles(field, "bf16" if dtype == torch.bfloat16 else "f16")
+    for low in range(16):
+        high = (low * 7 + 3) % 16
+        noise = 0x5A96C3E1 & ~(0xF << 4 * field)
+        words = [noise | low << 4 * field, ~noise & 0xFFFFFFFF & ~(0xF << 4 * field) | high << 4 * field]
+        for zero in (0, 8, 15):
+            got = run_ptx(text, [*words, pair_of(-zero / lacking, dtype)])
+            pairs = torch.tensor([got & 0xFFFF, got >> 16], dtype=torch.int32).to(torch.int16).view(dtype)
+            assert (pairs.double() * lacking).tolist() == [low - zero, high - zero]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_zero_points_are_minus_themselves_over_what_nibbles_lack(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    from anybit.kernels.triton import planes_hopper, planes_registers
+
+    is_half, lacking = dtype == torch.float16, 64.0 if dtype == torch.bfloat16 else 512.0
+    constants = (planes_registers._MINUS_FP16 if is_half else planes_registers._MINUS_BF16).value
+    text = (planes_hopper._ZEROS_FP16 if is_half else planes_hopper._ZEROS_BF16).value
+    for zero in range(128):
+        got = run_ptx(text, [zero | zero << 16])
+        assert got == pair_of(-zero / lacking, dtype)
+        assert zero >= 16 or constants[zero] & 0xFFFFFFFF == got
 
 
 @pytest.mark.parametrize("byte", range(4))

@@ -26,6 +26,7 @@ __all__ = ["hopper_case", "roles_cases"]
 
 _ARGUMENTS: Final = ("x_ptr", "c0_ptr", "s_ptr", "z_ptr", "row_ptr", "token_ptr", "bias_ptr", "o_ptr", "part_ptr",
                      "count_ptr", "M", "N", "NP", "K", "KP", "x_stride", "z_stride", "mult")
+_LINE: Final = {"BLOCKS": "i32", "SHARE": "i32", "LONGER": "i32"}
 _OF_ROLES: Final = ("row_ptr", "token_ptr", "bias_ptr", "o_ptr", "part_ptr", "count_ptr", "M", "N", "NP", "z_stride",
                     "mult")
 # ptxas decodes ahead of the products where registers are left, and a little beyond; so it reads factors of results
@@ -44,8 +45,8 @@ def hopper_case(case: CompileCase, form: Form, shape: tuple[int, int], tokens: i
                                  has_bias=case.constants["BIAS"])
     return replace(
         case, function="anybit.kernels.triton.planes_hopper:few_kernel", label=f"Gluon, {case.label}",
-        types={name: case.types[name] for name in _ARGUMENTS}, constants=constants, num_warps=config.warps,
-        options={"launch_pdl": True}, num_stages=1, expects=("wgmma",), spills=_SPILLS,
+        types={name: case.types[name] for name in _ARGUMENTS} | _LINE, constants=constants, num_warps=config.warps,
+        options=config.options, num_stages=1, expects=("wgmma",), spills=_SPILLS,
     )  # fmt: skip
 
 

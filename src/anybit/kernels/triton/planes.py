@@ -249,18 +249,18 @@ class StoredPlanes(Launched):
         (tokens, columns), rows, form = x.shape, self.shape[0], self._packed.form
         device, arch = x.device, arch_of(x.device)
         planned = _PINNED_TOKENS if self._is_pinned else tokens
-        hopper = hopper_config(form, rows, columns, planned, arch)
-        if hopper is not None:
-            from anybit.kernels.triton.planes_hopper_run import hopper_call
-
-            return hopper_call(hopper, form, rows, self._parts, self._pitch(), self._captured, x, factors, bias,
-                               out_dtype, quantize)
         one = one_config(form, rows, columns, arch) if planned == 1 else None
         if one is not None:
             from anybit.kernels.triton.planes_one_run import one_call
 
             return one_call(one, form, rows, self._parts, self._pitch(), self._captured, x, factors, bias, out_dtype,
                             quantize)
+        hopper = hopper_config(form, rows, columns, planned, arch, pinned=self._is_pinned)
+        if hopper is not None:
+            from anybit.kernels.triton.planes_hopper_run import hopper_call
+
+            return hopper_call(hopper, form, rows, self._parts, self._pitch(), self._captured, x, factors, bias,
+                               out_dtype, quantize)
         config = configure(form, rows, columns, planned, arch)
         row = self._parts[8]  # stands in for what a specialization does not read
         padded_rows, padded, pitch = row.shape[0], form.padded(columns), self._pitch()

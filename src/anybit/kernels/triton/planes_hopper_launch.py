@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from anybit.kernels.triton.planes_form import ROWS, Form
 from anybit.kernels.triton.planes_hopper_roles_launch import RolesConfig, roles_planned
@@ -29,16 +29,60 @@ _AT_ONCE: Final = 256  # inputs that the kernels take at once
 _ALIGNED: Final = 16  # what K and the stride of x are multiples of, so that x is copied 16 bytes at a time
 
 
+class Line(NamedTuple):
+    """All tiles' steps in a line, shared by programs: what `few_kernel` says of them."""
+
+    programs: int
+    blocks: int
+    share: int
+    longer: int
+
+
 @dataclass(frozen=True)
 class HopperConfig:
-    """One launch of `few_kernel`: tile of tokens and rows, parts of K, warps, and what its docstring says of."""
+    """One launch of `few_kernel`: tile of tokens and rows, warps, and what its docstring says of.
+
+    split      parts of K, each a program of its own; or
+    resident   programs of each multiprocessor, which have even shares of all steps, where it is not 0
+    registers  of a thread at most, so that so many fit; 0 where they do by themselves
+    """
 
     tokens: int
     rows: int
     split: int = 1
     warps: int = 4
-    stages: int = 3
+    stages: int = 2
     flight: int = 2
+    resident: int = 0
+    registers: int = 0
+
+    @property
+    def is_shared(self) -> bool:
+        """True if several programs may have parts of a tile."""
+        return self.split > 1 or self.resident > 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the launch, beside the number of warps."""
+        return {"launch_pdl": True} | ({"maxnreg": self.registers} if self.registers else {})
+
+    def tiles(self, tokens: int, rows: int) -> int:
+        """Tiles of a product [tokens, rows], rows padded."""
+        return -(-tokens // self.tokens) * (rows // self.rows)
+
+    def part_bytes(self, tokens: int, rows: int, columns: int) -> int:
+        """Bytes of the sums that programs leave for others: two a program."""
+        line = self.line(tokens, rows, columns)
+        return 2 * line.programs * self.tokens * self.rows * 4 if self.is_shared else 0
+
+    def line(self, tokens: int, rows: int, columns: int) -> Line:
+        """How programs share the steps of a product of a weight [rows, columns], rows padded."""
+        tiles, blocks = self.tiles(tokens, rows), -(-columns // _AT_ONCE)
+        if self.resident:
+            programs = min(self.resident * _MULTIPROCESSORS, tiles * blocks)
+            return Line(programs, blocks, *divmod(tiles * blocks, programs))
+        share = -(-blocks // self.split)
+        return Line(tiles * self.split, share * self.split, share, 0)
 
 
 @cache
@@ -66,11 +110,16 @@ def takes(form: Form) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def hopper_config(form: Form, rows: int, columns: int, tokens: int, arch: str) -> HopperConfig | RolesConfig | None:
-    """The launch for a product of `tokens` with a weight [rows, columns]; None where `planes_launch` has it."""
+def hopper_config(
+    form: Form, rows: int, columns: int, tokens: int, arch: str, *, pinned: bool = False
+) -> HopperConfig | RolesConfig | None:
+    """The launch for a product of `tokens` with a weight [rows, columns]; None where `planes_launch` has it.
+
+    pinned  one launch for every number of tokens, so that a row's result does not depend on the other rows
+    """
     if arch != _ARCH or not has_gluon():
         return None
-    made = planned(form, rows, columns, tokens)
+    made = planned(form, rows, columns, tokens, pinned=pinned)
     return None if isinstance(made, RolesConfig) and _triton() < _SPECIALIZES else made
 
 
@@ -81,12 +130,16 @@ def hopper_seconds(form: Form, rows: int, columns: int, tokens: int, arch: str) 
     return roles_planned(form, -(-rows // ROWS) * ROWS, columns, tokens)[0]
 
 
-def planned(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig | RolesConfig | None:
+def planned(
+    form: Form, rows: int, columns: int, tokens: int, *, pinned: bool = False
+) -> HopperConfig | RolesConfig | None:
     """The same, whatever is installed; pure."""
     if columns % _ALIGNED or not rows or not takes(form):
         return None
     rows = -(-rows // ROWS) * ROWS
-    return _few(form, rows, columns, tokens) if tokens <= 32 else roles_planned(form, rows, columns, tokens)[1]
+    if tokens > 32:
+        return roles_planned(form, rows, columns, tokens)[1]
+    return _in_parts(form, rows, columns, tokens) if pinned or tokens > 16 else _in_line(form, rows, columns, tokens)
 
 
 def shared_bytes(form: Form, config: HopperConfig) -> int:
@@ -96,8 +149,39 @@ def shared_bytes(form: Form, config: HopperConfig) -> int:
     return config.stages * (config.tokens * 2 * _AT_ONCE + config.rows * _AT_ONCE // 2 + beside)
 
 
-def _few(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig | None:
-    """At most 32 tokens. Left out: fp4 where programs of two warps, which hide more of its decoding, are faster."""
+def _in_line(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig:
+    """At most 16 tokens: even shares, with as many programs on a multiprocessor as hide each other's gaps.
+
+    Integers: their sums of groups take registers, so more tokens have fewer rows. fp4 with scales of 16: tiles of 128
+    rows read x less often; where there are few steps, programs of eight warps, which each take twice as many at a time.
+    """
+    bm, is_broad = 8 if tokens <= 8 else 16, rows % 128 == 0
+    tiles, steps = rows // 128, rows // 128 * -(-columns // _AT_ONCE)
+    if form.scaling != "fold":
+        if bm == 16 and is_broad and 0.8 <= tiles / (2 * _MULTIPROCESSORS) <= 1:
+            return HopperConfig(16, 128)  # nothing to share: two whole tiles a multiprocessor, nearly everywhere
+        if bm == 8 and is_broad:
+            return _resident(HopperConfig(8, 128), 3)
+        return _resident(HopperConfig(bm, 64), 5 if bm == 8 else 4)
+    if form.group != 16:
+        return HopperConfig(bm, 64, resident=5)
+    if is_broad and steps < 8 * _MULTIPROCESSORS:
+        return HopperConfig(bm, 128, warps=8, flight=4, resident=3)
+    if is_broad and (bm == 8 or tiles >= 40):
+        return HopperConfig(bm, 128, flight=4, resident=4 if bm == 8 else 3)
+    return HopperConfig(bm, 64, flight=4, resident=7 if bm == 8 else 5)
+
+
+def _resident(config: HopperConfig, count: int) -> HopperConfig:
+    """With so many programs on a multiprocessor, held to the registers that this leaves each."""
+    return replace(config, resident=count, registers=65536 // (32 * config.warps * count) // 8 * 8)
+
+
+def _in_parts(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig | None:
+    """17 to 32 tokens, and fewer where a row's result must not depend on how many there are: parts of K for all tiles.
+
+    Left out: fp4 where programs of two warps, which hide more of its decoding, are faster.
+    """
     is_sum, is_fine = form.scaling != "fold", form.group == 16
     bm, blocks = 8 if tokens <= 8 else 16 if tokens <= 16 else 32, -(-columns // _AT_ONCE)
     is_broad, is_huge = rows >= 12800 and rows % 128 == 0, rows >= 3 * 128 * _MULTIPROCESSORS
@@ -151,6 +235,6 @@ def hopper_constants(
     shared = constants(form)
     return {name: shared[name] for name in ("P", "G", "SCALING", "SKIND", "ZERO", "ZEROS")} | {
         "R": form.run, "BM": config.tokens, "BN": config.rows, "STAGES": config.stages, "FLIGHT": config.flight,
-        "SPLIT": config.split > 1, "TOKENS": has_factors, "BIAS": has_bias, "EVEN": columns % _AT_ONCE == 0,
+        "SPLIT": config.is_shared, "TOKENS": has_factors, "BIAS": has_bias, "EVEN": columns % _AT_ONCE == 0,
         "WARPS": config.warps, "WAITS": True,
     }  # fmt: skip

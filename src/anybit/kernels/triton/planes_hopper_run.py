@@ -77,13 +77,13 @@ def hopper_call(
     if isinstance(config, RolesConfig):
         return _by_roles(config, form, rows, parts, pitch, captured, x, factors, bias, out_dtype, quantize)
     (tokens, columns), row, zeros = x.shape, parts[8], parts[5]
-    padded_rows, padded = row.shape[0], form.padded(columns)
-    tiles, is_split = -(-tokens // config.tokens) * (padded_rows // config.rows), config.split > 1
+    padded = form.padded(columns)
+    tiles, line = config.tiles(tokens, row.shape[0]), config.line(tokens, row.shape[0], padded)
     size = 0 if quantize is None else quantize.scratch_bytes
     sums: Argument = row  # stands in for what a specialization does not read
-    if is_split:
+    if config.is_shared:
         sums = Piece(size, torch.float32)
-        size += -(-config.split * tiles * config.tokens * config.rows * 4 // ALIGNED) * ALIGNED
+        size += -(-config.part_bytes(tokens, row.shape[0], padded) // ALIGNED) * ALIGNED
     is_half = quantize is None and x.dtype == torch.float16
     apart = x.stride(0) if quantize is None and tokens > 1 else columns
     copies = apart % _ALIGNED_ELEMENTS != 0
@@ -91,13 +91,13 @@ def hopper_call(
         few_kernel,
         [x.dtype if quantize is None else quantize.pieces["codes"], parts[0], parts[3], zeros, row,
          row if factors is None else factors, row if bias is None else bias.dtype, out_dtype, sums,
-         Zeros(tiles, captured) if is_split else row, int, rows, pitch, columns, padded,
+         Zeros(tiles, captured) if config.is_shared else row, int, rows, pitch, columns, padded,
          columns if copies else apart,
-         pitch if zeros.shape[0] > 1 else 0, half_factor(form, is_half=is_half)],
+         pitch if zeros.shape[0] > 1 else 0, half_factor(form, is_half=is_half), line.blocks, line.share, line.longer],
         hopper_constants(form, config, columns, has_factors=factors is not None, has_bias=bias is not None),
-        x.device, num_warps=config.warps, launch_pdl=True,
+        x.device, num_warps=config.warps, **config.options,
     )  # fmt: skip
-    return AlignedCall((tokens, rows), out_dtype, x.device, tokens, size, quantize, made, (tiles, config.split),
+    return AlignedCall((tokens, rows), out_dtype, x.device, tokens, size, quantize, made, (line.programs, 1),
                        copies=copies)
 
 

@@ -50,14 +50,33 @@ def _integers(field: int, magic: str, add: str) -> str:
 def _floats(field: int, magnitude: int, multiply: str) -> str:
     """Two words' e2m1 nibbles as 16-bit floats times the pair in $3; `magnitude` is where D's field of them begins.
 
-    An odd nibble is the upper half of its byte, whose copy has the sign where D has it.
+    Beside the nibble's byte its sign, eight times (prmt can), which then is at D's sign too when the magnitude is moved
+    to its place: one mask for both. The low nibble is moved to the upper half of its byte first.
     """
-    high = 4 * (field % 2)
-    mask = f"0x{0x00070007 << magnitude:08X}"
-    sign = "and.b32 u, t, 0x80008000;" if high else "shl.b32 u, t, 12; and.b32 u, u, 0x80008000;"
-    body = (f"prmt.b32 t, $1, $2, {_select(field)}; {sign} shl.b32 t, t, {magnitude - high}; "
-            f"lop3.b32 t, t, {mask}, u, 0xEA; {multiply}")
+    byte = field // 2
+    select = hex(12 + byte << 12 | 4 + byte << 8 | 8 + byte << 4 | byte)
+    mask = f"0x{0x80008000 | 0x00070007 << magnitude:08X}"
+    words = "t, $1, $2" if field % 2 else "t, t, u"
+    raised = "" if field % 2 else "shl.b32 t, $1, 4; shl.b32 u, $2, 4; "
+    body = f"{raised}prmt.b32 {words}, {select}; shl.b32 t, t, {magnitude - 4}; and.b32 t, t, {mask}; {multiply}"
     return "{.reg .b32 t, u; " + body + "}"
+
+
+def _nibbles(field: int, type_: str) -> str:
+    """Two words' nibbles as 16-bit floats times 2^-6 (bf16) or 2^-9 (fp16), plus the pair in $3: minus the zero point.
+
+    As mantissas of subnormals, in bits 0 to 3 and 4 to 7, they are multiples of a power of two without more ado: the
+    exponent's lowest bit, which bf16 has at bit 7, counts like one of the mantissa.
+    """
+    mask, power = ("0x00F000F0", _HIGH[type_]) if field % 2 else ("0x000F000F", _LOW[type_])
+    body = (f"prmt.b32 t, $1, $2, {_select(field)}; and.b32 t, t, {mask}; mov.b32 u, {power}; "
+            f"fma.rn.{type_}x2 $0, t, u, $3;")
+    return "{.reg .b32 t, u; " + body + "}"
+
+
+# what makes subnormals of nibbles in the low and high half of a byte multiples of 2^-6 (bf16) or 2^-9 (fp16), twice
+_LOW = {"bf16": "0x7F007F00", "f16": "0x78007800"}
+_HIGH = {"bf16": "0x7D007D00", "f16": "0x68006800"}
 
 
 def _bytes(byte: int, then: str) -> str:

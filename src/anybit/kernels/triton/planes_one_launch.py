@@ -1,7 +1,7 @@
 """How the kernel of `planes_one` is launched, torch-free: which forms it takes, rows and parts of K, constants.
 
-It takes the product of one token where `planes_hopper_launch` does not; `planes_launch` is then not asked. Measured on
-an H200 for 4096 x 4096, 14336 x 4096, 4096 x 14336, 4096 x 28672 and 2560 x 9728.
+Where it takes the product of one token, `planes_hopper_launch` and `planes_launch` are not asked. Measured on
+an H200 for 4096 x 6144, 14336 x 4096, 4096 x 28672, 8192 x 57344, 2560 x 9728 and 5120 x 17408.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from anybit.kernels.triton.planes_launch import constants, decodes_in_pairs, par
 __all__ = ["ONE_ARCHS", "OneConfig", "fields_of", "one_config", "one_constants", "planned_one", "takes_one"]
 
 ONE_ARCHS: Final = ("sm_90",)  # where it was measured
-_ROWS: Final = 64  # of a program of four warps
-_PROGRAMS: Final = 6 * 132  # that an H200 holds at once, which wait for memory in turn
+_MULTIPROCESSORS: Final = 132
+_PROGRAMS: Final = 6 * _MULTIPROCESSORS  # of four warps, that an H200 holds at once, which wait for memory in turn
 
 
 @dataclass(frozen=True)
 class OneConfig:
-    """One launch: rows of a program, parts of K, warps."""
+    """One launch: rows of a program, parts of K, warps, and how many of these share K."""
 
     rows: int
     split: int
     warps: int = 4
+    along: int = 1
 
 
 @cache
@@ -39,8 +40,8 @@ def has_product() -> bool:
 
 
 def takes_one(form: Form) -> bool:
-    """All that is decoded in pairs but for folded scales; of bytes those with fine groups."""
-    return form.scaling != "fold" and decodes_in_pairs(form) and (form.bits != 8 or form.tile < 128)
+    """All that is decoded in pairs; of bytes those with fine groups."""
+    return decodes_in_pairs(form) and (form.bits != 8 or form.tile < 128)
 
 
 @lru_cache(maxsize=4096)
@@ -50,12 +51,25 @@ def one_config(form: Form, rows: int, columns: int, arch: str) -> OneConfig | No
 
 
 def planned_one(form: Form, rows: int, columns: int) -> OneConfig | None:
-    """The same, whatever is installed; pure."""
+    """The same, whatever is installed; pure.
+
+    Warps share K, so that programs are small and many: rows of 16 where that is needed to fill the chip, eight warps
+    where it does not suffice; where K is long, parts of it besides. Bytes, read when they are multiplied, gain nothing.
+    """
     if not takes_one(form):
         return None
     blocks = form.padded(columns) // (fields_of(form, columns) * form.tile)
-    wanted = round(_PROGRAMS / (-(-rows // ROWS) * ROWS // _ROWS))
-    return OneConfig(_ROWS, parts_of(blocks, wanted, 16))
+    rows = -(-rows // ROWS) * ROWS
+    if form.bits == 8:
+        return OneConfig(64, parts_of(blocks, round(_PROGRAMS / (rows // 64)), 16))
+    if rows // 16 >= 10 * _MULTIPROCESSORS:
+        return OneConfig(32, 1, along=4)
+    if rows // 16 >= 4 * _MULTIPROCESSORS:
+        return OneConfig(16, 1, along=4)
+    if blocks <= 32 or form.tile == 16:
+        wanted = round(_PROGRAMS / 2 / (rows // 16))
+        return OneConfig(16, parts_of(blocks, min(wanted, blocks // 16), 16), 8, 8)
+    return OneConfig(32, parts_of(blocks, min(round(_PROGRAMS / (rows // 32)), blocks // 4), 16), along=2)
 
 
 def fields_of(form: Form, columns: int) -> int:
@@ -73,4 +87,5 @@ def one_constants(
     return constants(form) | {
         "F": fields, "R": run, "TERMS": terms_of(form, is_half=is_half), "BN": config.rows, "SPLIT": config.split > 1,
         "TOKENS": has_factors, "BIAS": has_bias, "EVEN": columns == form.padded(columns), "WARPS": config.warps,
+        "WK": config.along,
     }  # fmt: skip

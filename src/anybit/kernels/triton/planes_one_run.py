@@ -9,7 +9,6 @@ from torch import Tensor
 
 from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Launch, Piece, Zeros
 from anybit.kernels.triton.planes_form import Form
-from anybit.kernels.triton.planes_launch import half_factor
 from anybit.kernels.triton.planes_one_launch import OneConfig, one_constants
 
 if TYPE_CHECKING:
@@ -40,8 +39,7 @@ def one_call(
         one_kernel,
         [x.dtype if quantize is None else quantize.pieces["codes"], *parts, row if factors is None else factors,
          row if bias is None else bias.dtype, out_dtype, sums, Zeros(tiles, captured) if is_split else row, rows, pitch,
-         columns, form.padded(columns), pitch if zeros.shape[0] > 1 else 0,
-         half_factor(form, is_half=is_half)],
+         columns, form.padded(columns), pitch if zeros.shape[0] > 1 else 0, 1.0],
         one_constants(form, config, columns, is_half=is_half, has_factors=factors is not None,
                       has_bias=bias is not None),
         x.device, num_warps=config.warps, launch_pdl=True,

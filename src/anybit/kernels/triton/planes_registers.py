@@ -8,9 +8,13 @@ sums, each in one lane.
 
 from __future__ import annotations
 
+import struct
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from anybit.kernels.triton.planes_kernels import _MUL_BF16, _MUL_FP16, _nibbles
+from anybit.kernels.triton.planes_kernels import _floats as _small_floats
 from anybit.kernels.triton.planes_pairs import (
     _BYTES_BF16,
     _BYTES_FP16,
@@ -46,6 +50,30 @@ from anybit.kernels.triton.planes_pairs import (
     NEGATIVE_2_23,
 )
 
+# nibbles of whole words, by field: fewer instructions than halves of words take
+_NIBBLES_BF16 = gl.constexpr(tuple(_nibbles(i, "bf16") for i in range(8)))
+_NIBBLES_FP16 = gl.constexpr(tuple(_nibbles(i, "f16") for i in range(8)))
+_E2M1_BF16 = gl.constexpr(tuple(_small_floats(i, 6, _MUL_BF16) for i in range(8)))
+_E2M1_FP16 = gl.constexpr(tuple(_small_floats(i, 9, _MUL_FP16) for i in range(8)))
+
+
+def _minus(zero: int, kind: str, lacking: float) -> int:
+    """Minus a zero point as decoded nibbles have it, twice in 32 bits."""
+    half = struct.pack(kind, -zero / lacking)[-2:]
+    return int.from_bytes(half + half, "little", signed=True)
+
+
+_MINUS_BF16 = gl.constexpr(tuple(_minus(zero, "<f", 64.0) for zero in range(16)))
+_MINUS_FP16 = gl.constexpr(tuple(_minus(zero, "<e", 512.0) for zero in range(16)))
+
+
+@gluon.constexpr_function
+def _lacks(DECODE, W0, W1, D):
+    """What decoded integers of one plane of nibbles lack, a power of two (`planes_kernels._nibbles`)."""
+    if DECODE != 0 or W0 != 4 or W1 != 0:
+        return 1.0
+    return 64.0 if gl.bfloat16 == D else 512.0
+
 
 @gluon.jit
 def _turn(field: gl.constexpr, WIDTH: gl.constexpr, to: gl.constexpr):
@@ -79,8 +107,12 @@ def _asm(text: gl.constexpr, registers: gl.constexpr, arguments, PACK: gl.conste
 @gluon.jit
 def _integers(q0, q1, q2, i: gl.constexpr, ZERO: gl.constexpr, W0: gl.constexpr, W1: gl.constexpr, W2: gl.constexpr,
               D: gl.constexpr):
-    """Field i as integers minus ZERO in D (`planes_pairs.integer_pairs`, `byte_pairs`)."""
+    """Field i as integers minus ZERO in D (`planes_pairs.integer_pairs`), over what they lack (`_lacks`)."""
     IS_BRAIN: gl.constexpr = gl.bfloat16 == D
+    if W0 == 4 and W1 == 0:
+        text: gl.constexpr = _NIBBLES_BF16[i] if IS_BRAIN else _NIBBLES_FP16[i]
+        minus: gl.constexpr = _MINUS_BF16[int(ZERO)] if IS_BRAIN else _MINUS_FP16[int(ZERO)]
+        return _asm(text, "=r,r,r,r,r", [q0, minus], 2, D)
     magic: gl.constexpr = _MAGIC_BF16 if IS_BRAIN else _MAGIC_FP16
     one: gl.constexpr = _ONE_BF16 if IS_BRAIN else _ONE_FP16
     pair = _twice((0xC300 if IS_BRAIN else 0xE400) + int(ZERO))
@@ -106,6 +138,9 @@ def _floats(q0, q1, i: gl.constexpr, BITS: gl.constexpr, MANTISSA: gl.constexpr,
     IS_BRAIN: gl.constexpr = gl.bfloat16 == D
     below: gl.constexpr = (7 if IS_BRAIN else 10) - MANTISSA
     factor = _twice((254 - BIAS) << 7 if IS_BRAIN else (30 - BIAS) << 10)
+    if BITS == 4 and MANTISSA == 1:
+        text: gl.constexpr = _E2M1_BF16[i] if IS_BRAIN else _E2M1_FP16[i]
+        return _asm(text, "=r,r,r,r,r", [q0, factor], 2, D)
     h0 = _half(q0, i, W0)
     if W1 == 0:
         return _asm(_FB1 if IS_BRAIN else _FH1, _F1_REGISTERS,
@@ -177,19 +212,32 @@ def _number(stored, KIND: gl.constexpr, SIGNED: gl.constexpr):
 
 
 @gluon.jit
+def _folded(byte, SKIND: gl.constexpr):
+    """A folded scale's byte as the float32 factor of a group's sum.
+
+    SKIND 2: five bits of exponent and three of mantissa; 1: the exponent alone. Only groups of zeros have one so small
+    that float32 lacks it.
+    """
+    if SKIND == 2:
+        return ((byte.to(gl.int32) << 20) + (97 << 23)).to(gl.float32, bitcast=True)
+    else:
+        return ((gl.maximum(byte.to(gl.int32), 126) - 126) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
 def _at_groups(p, b, rn, n, NP, WORDS: gl.constexpr, P: gl.constexpr, F: gl.constexpr, G: gl.constexpr):
-    """What is stored of the groups of block b's fields n for rows rn: [BN, 8]."""
+    """What is stored of the groups of fields n of blocks b [W, 1, 1] for rows rn: [W, BN, 8]."""
     if WORDS:
-        at = ((b * 2 + n // 4)[None, :] * NP + rn[:, None]) * 4 + (n % 4)[None, :]
+        at = ((b * 2 + n // 4) * NP + rn) * 4 + n % 4
         return gl.load(p.to(gl.pointer_type(gl.uint8), bitcast=True) + at)
     else:
-        g = (b * (F * P) + gl.minimum(n, F - 1) * P) // G if G > 0 else n * 0
-        return gl.load(p + (g[None, :] * NP + rn[:, None]))
+        g = (b * (F * P) + gl.minimum(n, F - 1) * P) // G if G > 0 else b * 0 + n * 0
+        return gl.load(p + (g * NP + rn))
 
 
 @gluon.jit
 def _of_rows(p, b, j: gl.constexpr, rn, NP, P: gl.constexpr, F: gl.constexpr, R: gl.constexpr, G: gl.constexpr):
-    """The scales of run j of block b's fields for rows rn; of runs that no block has, the last one's."""
+    """The scales of run j of the fields of blocks b for rows rn; of runs that no block has, the last one's."""
     run: gl.constexpr = j if j < F // R else F // R - 1
     return gl.load(p + ((b * (F * P) + run * R * P) // G * NP + rn))
 
@@ -202,33 +250,37 @@ def _of_run(j: gl.constexpr, f0, f1, f2, f3, f4, f5, f6, f7):
 
 @gluon.jit
 def _held(
-    b, at, x_at, rows, rn, n, x_ptr, c0_ptr, c1_ptr, c2_ptr, s_ptr, ss_ptr, z_ptr, a_ptr, as_ptr, NP, K, z_stride,
-    W0: gl.constexpr, W1: gl.constexpr, W2: gl.constexpr, P: gl.constexpr, F: gl.constexpr, R: gl.constexpr,
-    G: gl.constexpr, SCALING: gl.constexpr, SSUPER: gl.constexpr, SWORDS: gl.constexpr, ZEROS: gl.constexpr,
-    ADD: gl.constexpr, ASUPER: gl.constexpr, AWORDS: gl.constexpr, EVEN: gl.constexpr,
+    b, last, of_words, of_rows, of_sums, at, rows, rn, n, c0_ptr, c1_ptr, c2_ptr, s_ptr, ss_ptr, z_ptr, a_ptr, as_ptr,
+    NP, z_stride, W0: gl.constexpr, W1: gl.constexpr, W2: gl.constexpr, P: gl.constexpr, F: gl.constexpr,
+    R: gl.constexpr, G: gl.constexpr, SCALING: gl.constexpr, SSUPER: gl.constexpr, SWORDS: gl.constexpr,
+    ZEROS: gl.constexpr, ADD: gl.constexpr, ASUPER: gl.constexpr, AWORDS: gl.constexpr,
 ):  # fmt: skip
-    """All that block b reads, as it is stored; what stands in for the rest is not read."""
-    q0 = gl.load(c0_ptr + (at + b * P)) if W0 < 8 else at
-    q1 = gl.load(c1_ptr + (at + b * P)) if W1 > 0 else q0
-    q2 = gl.load(c2_ptr + (at + b * P)) if W2 > 0 else q0
-    if EVEN and F == 8:
-        x = gl.load(x_ptr + b * (F * P) + x_at)
-    else:
-        x = gl.load(x_ptr + b * (F * P) + x_at, mask=(b * (F * P) + x_at < K) & (x_at < F * P), other=0.0)
-    s = _at_groups(s_ptr, b, rn, n, NP, SWORDS, P, F, G) if SCALING == 1 else n
-    above = _at_groups(ss_ptr, b, rn, n, NP, False, P, F, G * SSUPER) if SCALING == 1 and SSUPER > 0 else n
-    a = _at_groups(a_ptr, b, rn, n, NP, AWORDS, P, F, G) if ADD > 0 else n
-    a_above = _at_groups(as_ptr, b, rn, n, NP, False, P, F, G * ASUPER) if ADD > 0 and ASUPER > 0 else n
-    z = _at_groups(z_ptr, b, rn, n, z_stride, False, P, F, G) if ZEROS else n
+    """All that the weight has of block b and those beside it, as it is stored; what stands in for the rest is not read.
+
+    of_words, of_rows, of_sums  which of these blocks a warp has: [W, 1, 1], [W, 1] and [W, 1, 1] in the layouts of
+                                words, their rows, and sums; beyond the last block it is that one
+    """
+    bw = gl.minimum(b + of_words, last - 1)
+    bs = gl.minimum(b + of_sums, last - 1)
+    q0 = gl.load(c0_ptr + (at + bw * P)) if W0 < 8 else at
+    q1 = gl.load(c1_ptr + (at + bw * P)) if W1 > 0 else q0
+    q2 = gl.load(c2_ptr + (at + bw * P)) if W2 > 0 else q0
+    FOLD: gl.constexpr = SCALING == 2
+    s = _at_groups(s_ptr, bs, rn, n, NP, SWORDS or FOLD, P, F, G) if SCALING == 1 or FOLD else n
+    above = _at_groups(ss_ptr, bs, rn, n, NP, False, P, F, G * SSUPER) if SCALING == 1 and SSUPER > 0 else n
+    a = _at_groups(a_ptr, bs, rn, n, NP, AWORDS, P, F, G) if ADD > 0 else n
+    a_above = _at_groups(as_ptr, bs, rn, n, NP, False, P, F, G * ASUPER) if ADD > 0 and ASUPER > 0 else n
+    z = _at_groups(z_ptr, bs, rn, n, z_stride, False, P, F, G) if ZEROS else n
     if SCALING == 3:
-        f0 = _of_rows(s_ptr, b, 0, rows, NP, P, F, R, G)
-        f1 = _of_rows(s_ptr, b, 1, rows, NP, P, F, R, G) if F // R > 1 else f0
-        f2 = _of_rows(s_ptr, b, 2, rows, NP, P, F, R, G) if F // R > 2 else f0
-        f3 = _of_rows(s_ptr, b, 3, rows, NP, P, F, R, G) if F // R > 2 else f0
-        f4 = _of_rows(s_ptr, b, 4, rows, NP, P, F, R, G) if F // R > 4 else f0
-        f5 = _of_rows(s_ptr, b, 5, rows, NP, P, F, R, G) if F // R > 4 else f0
-        f6 = _of_rows(s_ptr, b, 6, rows, NP, P, F, R, G) if F // R > 4 else f0
-        f7 = _of_rows(s_ptr, b, 7, rows, NP, P, F, R, G) if F // R > 4 else f0
+        br = gl.minimum(b + of_rows, last - 1)
+        f0 = _of_rows(s_ptr, br, 0, rows, NP, P, F, R, G)
+        f1 = _of_rows(s_ptr, br, 1, rows, NP, P, F, R, G) if F // R > 1 else f0
+        f2 = _of_rows(s_ptr, br, 2, rows, NP, P, F, R, G) if F // R > 2 else f0
+        f3 = _of_rows(s_ptr, br, 3, rows, NP, P, F, R, G) if F // R > 2 else f0
+        f4 = _of_rows(s_ptr, br, 4, rows, NP, P, F, R, G) if F // R > 4 else f0
+        f5 = _of_rows(s_ptr, br, 5, rows, NP, P, F, R, G) if F // R > 4 else f0
+        f6 = _of_rows(s_ptr, br, 6, rows, NP, P, F, R, G) if F // R > 4 else f0
+        f7 = _of_rows(s_ptr, br, 7, rows, NP, P, F, R, G) if F // R > 4 else f0
     else:
         f0 = n
         f1 = n
@@ -238,4 +290,14 @@ def _held(
         f5 = n
         f6 = n
         f7 = n
-    return q0, q1, q2, x, s, above, a, a_above, z, f0, f1, f2, f3, f4, f5, f6, f7
+    return q0, q1, q2, s, above, a, a_above, z, f0, f1, f2, f3, f4, f5, f6, f7
+
+
+@gluon.jit
+def _held_x(b, last, of_x, x_at, x_ptr, K, P: gl.constexpr, F: gl.constexpr, WK: gl.constexpr, EVEN: gl.constexpr):
+    """x of block b and those beside it, a column a field: [W, P, 8]; zeros beyond the last block."""
+    at = gl.minimum(b + of_x, last - 1) * (F * P) + x_at
+    if EVEN and F == 8 and WK == 1:
+        return gl.load(x_ptr + at)
+    else:
+        return gl.load(x_ptr + at, mask=(b + of_x < last) & (at < K) & (x_at < F * P), other=0.0)
