@@ -60,7 +60,7 @@ def test_the_portable_kernel_keeps_what_this_one_has_no_scales_for() -> None:
     assert configure_hopper(4096, 4096, 256, blocks, Operands("float16")) is None
 
 
-def test_one_row_is_the_portable_kernels() -> None:
+def test_one_row_is_another_kernels() -> None:
     for _, product in CASES:
         assert configure_hopper(4096, 14336, 1, product, given(product)) is None
 
