@@ -85,6 +85,14 @@ def test_a_program_of_few_tokens_has_at_most_two_unfinished_tiles() -> None:
             begin = end
 
 
+def test_small_weights_are_not_cut_into_single_steps() -> None:
+    for name, n, k, m, config in FEW:
+        if config.resident:
+            line = config.line(m, -(-n // ROWS) * ROWS, form_of(TAKEN[name], k).padded(k))
+            assert line.share + (line.longer > line.programs // 2) > 1, (name, n, k, m, config)
+    assert any(n <= 1024 and not config.resident for _, n, _, m, config in FEW if m <= 16)
+
+
 def test_where_results_must_not_depend_on_the_other_rows_no_share_is_cut_by_their_number() -> None:
     for name, scheme in TAKEN.items():
         for n, k in SHAPES:
@@ -132,12 +140,14 @@ def test_teams_begin_groups_in_turn_only_where_scales_are_of_groups() -> None:
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (17408, 5120), (4096, 14336), (200, 640)])
 def test_what_a_plan_predicts_holds_the_sums_of_every_smaller_call(name: str, n: int, k: int) -> None:
     scheme = TAKEN[name]
-    for most in (40, 256, 2048):
+    for most in (1, 3, 16, 40, 256, 2048):
         predicted = FUSED.workspace(Request("linear", scheme, (n, k), "bfloat16").of(most))
-        for m in range(1, most + 1, 13):
-            config = launch.planned(form_of(scheme, k), n, k, m)
+        for m in sorted({*range(1, most + 1, 13), *range(1, min(most, 32) + 1)}):
+            config, form = launch.planned(form_of(scheme, k), n, k, m), form_of(scheme, k)
             if isinstance(config, RolesConfig) and config.share:
                 assert 4 * config.parts <= predicted, (m, config)
+            elif isinstance(config, launch.HopperConfig):
+                assert config.part_bytes(m, -(-n // ROWS) * ROWS, form.padded(k)) <= predicted, (m, config)
 
 
 def test_a_team_has_its_next_words_while_it_multiplies_the_last() -> None:

@@ -20,8 +20,7 @@ from anybit.kernels.linear.triton_hopper import hopper_case, roles_cases
 from anybit.kernels.request import KernelSpec, Reason, Request, Verdict, gather
 from anybit.kernels.triton import planes_form, planes_launch
 from anybit.kernels.triton.planes_form import Form, form_of
-from anybit.kernels.triton.planes_hopper_launch import hopper_config, hopper_seconds, planned
-from anybit.kernels.triton.planes_hopper_roles_launch import RolesConfig, roles_parts
+from anybit.kernels.triton.planes_hopper_launch import hopper_config, hopper_parts, hopper_seconds
 from anybit.kernels.triton.planes_one_launch import ONE_ARCHS, OneConfig, one_constants, planned_one
 from anybit.kernels.triton.recipes import can_fake_quantize
 from anybit.platforms import Platform
@@ -220,9 +219,7 @@ def parts(request: Request) -> int:
     n, k = request.shape[-2:]
     sums = 16 * 4 * n * request.tokens if request.tokens <= 64 else 4 * n * request.tokens
     form = planes_form.form_of(request.scheme, k)
-    if isinstance(planned(form, n, k, request.tokens), RolesConfig):
-        sums = max(sums, roles_parts(form, n, k, request.tokens))
-    return 6 * request.tokens * k + sums
+    return 6 * request.tokens * k + max(sums, hopper_parts(form, n, k, request.tokens))
 
 
 # --- what the gate compiles -------------------------------------------------------------------------------------------
@@ -257,6 +254,7 @@ _OF_HOPPER: Final[Mapping[str, Scheme]] = {name: _SAMPLES[name] for name in (
 _QUANTIZED: Final = ("nvfp4",)  # compiled with factors of x's rows
 _SHAPE: Final = (4096, 4096)
 _LARGE_SHAPE: Final = (57344, 8192)  # compiled too where its tiles are others
+_MIDDLE_SHAPE: Final = (6144, 4096)  # besides, for the kernels of few tokens in Gluon
 
 
 def _types(form: Form, scheme: Scheme, dtype: str) -> dict[str, str]:
@@ -302,7 +300,7 @@ def _hopper_cases(kernel: str, arch: str, tokens: tuple[int, ...]) -> Iterator[C
     seen = set()
     for name, scheme in _OF_HOPPER.items():
         for dtype in ("bfloat16", "float16") if name in _MAIN else ("bfloat16",):
-            for shape in (_SHAPE, _LARGE_SHAPE):
+            for shape in (_SHAPE, _MIDDLE_SHAPE, _LARGE_SHAPE):
                 for m in tokens:
                     case = hopper_case(_product_case(kernel, arch, name, scheme, dtype, m, shape),
                                        form_of(scheme, shape[1]), shape, m)  # fmt: skip

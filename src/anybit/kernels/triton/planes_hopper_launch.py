@@ -15,20 +15,18 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, NamedTuple
 
 from anybit.kernels.triton.planes_form import ROWS, Form
-from anybit.kernels.triton.planes_hopper_roles_launch import RolesConfig, roles_planned
+from anybit.kernels.triton.planes_hopper_roles_launch import RolesConfig, roles_parts, roles_planned
 from anybit.kernels.triton.planes_launch import constants
 
-__all__ = ["HopperConfig", "has_gluon", "hopper_config", "hopper_constants", "hopper_seconds", "planned",
-           "shared_bytes", "takes"]
+__all__ = ["HopperConfig", "has_gluon", "hopper_config", "hopper_constants", "hopper_parts", "hopper_seconds",
+           "planned", "shared_bytes", "takes"]
 
 _ARCH: Final = "sm_90"
 _MULTIPROCESSORS: Final = 132
 _FIRST, _LAST = (3, 5), (3, 9)  # versions of Triton whose Gluon the kernels are written for
 _SPECIALIZES: Final = (3, 6)  # the first in which warps are given different work as `planes_hopper_roles` does
 _AT_ONCE: Final = 256  # inputs that the kernels take at once
-# steps of a program, on average, below which even shares lose: with one step each, sixteen programs add to a tile
-# (H200, int4, 16 tokens: 4096 x 1024 4.8 us in parts, 5.7 in shares of one step; 4096 x 4096 equal at 1.9 steps)
-_LEAST_STEPS: Final = 1.75
+_LEAST_SHARE: Final = 1.75  # steps of a program on average, from which even shares are faster than parts of K
 _ALIGNED: Final = 16  # what K and the stride of x are multiples of, so that x is copied 16 bytes at a time
 
 
@@ -142,12 +140,25 @@ def planned(
     rows = -(-rows // ROWS) * ROWS
     if tokens > 32:
         return roles_planned(form, rows, columns, tokens)[1]
-    if not pinned and tokens <= 16:
-        config = _in_line(form, rows, columns, tokens)
-        if not config.resident or config.tiles(tokens, rows) * -(-columns // _AT_ONCE) >= (
-                _LEAST_STEPS * config.resident * _MULTIPROCESSORS):
-            return config
-    return _in_parts(form, rows, columns, tokens)
+    if pinned or tokens > 16:
+        return _in_parts(form, rows, columns, tokens)
+    made = _in_line(form, rows, columns, tokens)
+    steps = made.tiles(tokens, rows) * -(-columns // _AT_ONCE)
+    # where most shares would be a single step, tiles have as many parts as K has steps, and their sums cost more
+    if made.resident and steps < _LEAST_SHARE * made.resident * _MULTIPROCESSORS:
+        return _in_parts(form, rows, columns, tokens)
+    return made
+
+
+def hopper_parts(form: Form, rows: int, columns: int, tokens: int) -> int:
+    """Bytes of the sums that programs leave for others in calls of up to so many tokens; pure."""
+    padded, found = -(-rows // ROWS) * ROWS, [0]
+    for m in {min(tokens, most) for most in (8, 16, 32)}:  # no launch changes within these
+        config = planned(form, rows, columns, m)
+        if isinstance(config, HopperConfig):
+            found.append(config.part_bytes(m, padded, form.padded(columns)))
+    more = roles_parts(form, rows, columns, tokens) if tokens > 32 and takes(form) and columns % _ALIGNED == 0 else 0
+    return max(*found, more)
 
 
 def shared_bytes(form: Form, config: HopperConfig) -> int:
@@ -166,7 +177,7 @@ def _in_line(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig:
     bm, is_broad = 8 if tokens <= 8 else 16, rows % 128 == 0
     tiles, steps = rows // 128, rows // 128 * -(-columns // _AT_ONCE)
     if form.scaling != "fold":
-        if bm == 16 and is_broad and 0.8 <= tiles / (2 * _MULTIPROCESSORS) <= 1:
+        if bm == 16 and is_broad and 0.8 <= tiles / (2 * _MULTIPROCESSORS) <= 1 and not form.has_zeros:
             return HopperConfig(16, 128)  # nothing to share: two whole tiles a multiprocessor, nearly everywhere
         if bm == 8 and is_broad:
             return _resident(HopperConfig(8, 128), 3)
