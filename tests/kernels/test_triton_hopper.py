@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 import pytest
 import torch
 
-from anybit.kernels.linear.triton_planes import _SAMPLES, FUSED, MATVEC
+from anybit.kernels.linear.triton_planes import _OF_HOPPER, _SAMPLES, FUSED, MATVEC
 from anybit.kernels.request import Request
 from anybit.kernels.trials import Oracle, compare, sample_weight
 from anybit.kernels.triton import planes
@@ -19,7 +19,8 @@ from anybit.kernels.triton import planes_hopper_launch as launch
 from anybit.kernels.triton import planes_hopper_roles_launch as roles_launch
 from anybit.kernels.triton.planes_form import ROWS, form_of
 from anybit.kernels.triton.planes_hopper_roles_launch import RolesConfig, roles_bytes
-from anybit.kernels.triton.planes_launch import SCRATCH_BYTES, scratch_rows
+from anybit.kernels.triton.planes_launch import PINNED_CALL, PINNED_TOKENS, SCRATCH_BYTES, scratch_rows
+from anybit.kernels.triton.planes_one_launch import planned_one
 from anybit.kernels.triton.planes_prepare import pack
 from anybit.platforms.archs import ARCHS
 from anybit.schemes import CHANNEL, Offset, ScaleLevel, Scheme, group
@@ -146,8 +147,35 @@ def test_what_a_plan_predicts_holds_the_sums_of_every_smaller_call(name: str, n:
             config, form = launch.planned(form_of(scheme, k), n, k, m), form_of(scheme, k)
             if isinstance(config, RolesConfig) and config.share:
                 assert 4 * config.parts <= predicted, (m, config)
-            elif isinstance(config, launch.HopperConfig):
-                assert config.part_bytes(m, -(-n // ROWS) * ROWS, form.padded(k)) <= predicted, (m, config)
+            pinned = launch.planned(form, n, k, PINNED_TOKENS, pinned=True)
+            for count, found in ((m, config), (min(m, PINNED_CALL), pinned)):
+                if isinstance(found, launch.HopperConfig):
+                    assert found.part_bytes(count, -(-n // ROWS) * ROWS, form.padded(k)) <= predicted, (m, found)
+
+
+def test_every_launch_of_few_tokens_has_something_to_compile() -> None:
+    """Of the schemes that the gate compiles, for more weights than it has; so for one token from registers."""
+    cases = [case for kernel in (MATVEC, FUSED) for case in kernel.cases("sm_90")]
+    few, one = set(), set()
+    for case in cases:
+        name = case.label.removeprefix("Gluon, ").removeprefix("registers, ").split(" bfloat16")[0]
+        if case.function.endswith(":few_kernel") and " bfloat16" in case.label:
+            c = case.constants
+            few.add((name, c["BM"], c["BN"], c["STAGES"], c["SPLIT"], case.num_warps, case.options.get("maxnreg", 0)))
+        elif case.function.endswith(":one_kernel") and " bfloat16" in case.label:
+            c = case.constants
+            one.add((name, c["BN"], c["SPLIT"], case.num_warps, c["WK"]))
+    for name, scheme in _OF_HOPPER.items():
+        for n, k in ((4096, 4096), (6144, 4096), (57344, 8192), (4096, 14336), (14336, 4096), (32064, 4096), (1024, 4096),
+                     (28672, 4096), (17408, 5120), (9728, 2560), (18944, 3584), (1024, 8192), (2048, 2048)):  # fmt: skip
+            form = form_of(scheme, k)
+            for m, pinned in ((1, False), (4, False), (8, False), (16, False), (32, False), (PINNED_TOKENS, True)):
+                config = launch.planned(form, n, k, m, pinned=pinned)
+                if isinstance(config, launch.HopperConfig):
+                    assert (name, config.tokens, config.rows, config.stages, config.is_shared, config.warps,
+                            config.registers) in few, (n, k, m, pinned, config)
+            config = planned_one(form, n, k)
+            assert config is None or (name, config.rows, config.split > 1, config.warps, config.along) in one, (n, k)
 
 
 def test_a_team_has_its_next_words_while_it_multiplies_the_last() -> None:

@@ -212,6 +212,19 @@ def test_expansion_says_what_it_rounds(scheme: Scheme, dtype: str, wanted: str |
     assert FUSED.rounds(request(scheme, "prefill", dtype), named("h200")) is None
 
 
+@pytest.mark.parametrize(("zero", "fits"), [(0, True), (127, True), (128, False), (255, False)])
+def test_zero_points_that_no_kernel_could_read_leave_the_layout_to_the_reference(zero: int, fits: bool) -> None:
+    """A bfloat16 has room for 7 bits beside the bit that marks them: 128 would be read as another number."""
+    weight = sample_weight(_SAMPLES["uint4 g128 zp"], (64, 256))
+    assert weight.offset is not None
+    offset = weight.offset.clone()
+    offset[3, 1] = zero
+    strange = replace(weight, offset=offset)
+    assert (pack(strange, torch.bfloat16) is not None) is fits
+    stored = TritonPlanes().prepare(strange, torch.bfloat16, PLAN)
+    assert torch.equal(stored.dequantize(), strange.dequantize())
+
+
 def test_weights_are_not_expanded_to_bfloat16_where_x_is_finer() -> None:
     """Kernels hand quantized activations on in bfloat16; its rounding of a weight is eight times that of float16."""
     eight = ActivationSpec("fp8_e4m3fn", True, "token", "fp8_token")

@@ -36,15 +36,18 @@ _SPILLS_OF_ROLES: Final = 128
 _BITS: Final = {"bf16": 16, "fp16": 16, "fp32": 32, "i32": 32, "u8": 8}
 
 
-def hopper_case(case: CompileCase, form: Form, shape: tuple[int, int], tokens: int) -> CompileCase | None:
+def hopper_case(
+    case: CompileCase, form: Form, shape: tuple[int, int], tokens: int, *, pinned: bool = False
+) -> CompileCase | None:
     """The case of `few_kernel` of a case of `matmul_kernel` on sm_90; None where another one is launched."""
-    config = planned(form, *shape, tokens) if case.arch == "sm_90" else None
+    config = planned(form, *shape, tokens, pinned=pinned) if case.arch == "sm_90" else None
     if not isinstance(config, HopperConfig):
         return None
     constants = hopper_constants(form, config, shape[1], has_factors=case.constants["TOKENS"],
                                  has_bias=case.constants["BIAS"])
     return replace(
-        case, function="anybit.kernels.triton.planes_hopper:few_kernel", label=f"Gluon, {case.label}",
+        case, function="anybit.kernels.triton.planes_hopper:few_kernel",
+        label=f"Gluon, {case.label}{' pinned' if pinned else ''}",
         types={name: case.types[name] for name in _ARGUMENTS} | _LINE, constants=constants, num_warps=config.warps,
         options=config.options, num_stages=1, expects=("wgmma",), spills=_SPILLS,
     )  # fmt: skip

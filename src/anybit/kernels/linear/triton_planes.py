@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any, Final
 
 from anybit.kernels.compiling import CompileCase, overlap
@@ -164,9 +165,9 @@ def expand_seconds(request: Request, platform: Platform) -> float:
     moved = _bytes(request) + 2.0 * n * k
     launches = 2 * -(-n // max(planes_launch.scratch_rows(n, k), 1)) * _LAUNCH_SECONDS
     bandwidth = max(platform.bandwidth, 1e9)
-    product = max(request.flops / (_EXPANDED_SHARE * _rate(request, platform)), 2.0 * n * k / bandwidth)
+    multiply = max(request.flops / (_EXPANDED_SHARE * _rate(request, platform)), 2.0 * n * k / bandwidth)
     write = moved / (_EXPAND_BYTES_SHARE * bandwidth)
-    return _quantize_seconds(request, platform) + launches + write + product
+    return _quantize_seconds(request, platform) + launches + write + multiply
 
 
 def stored_bytes(request: Request) -> int:
@@ -254,7 +255,9 @@ _OF_HOPPER: Final[Mapping[str, Scheme]] = {name: _SAMPLES[name] for name in (
 _QUANTIZED: Final = ("nvfp4",)  # compiled with factors of x's rows
 _SHAPE: Final = (4096, 4096)
 _LARGE_SHAPE: Final = (57344, 8192)  # compiled too where its tiles are others
-_MIDDLE_SHAPE: Final = (6144, 4096)  # besides, for the kernels of few tokens in Gluon
+# for the kernels of few tokens in Gluon, whose launches follow the shape: with these all that any weight has
+_HOPPER_SHAPES: Final = (_SHAPE, (6144, 4096), _LARGE_SHAPE, (4096, 14336), (14336, 4096), (28672, 4096), (1024, 8192),
+                         (32064, 4096))
 
 
 def _types(form: Form, scheme: Scheme, dtype: str) -> dict[str, str]:
@@ -296,18 +299,18 @@ def _product_cases(kernel: str, arch: str, tokens: tuple[int, ...]) -> Iterator[
 
 
 def _hopper_cases(kernel: str, arch: str, tokens: tuple[int, ...]) -> Iterator[CompileCase]:
-    """The products that the kernels in Gluon take, where their launches differ."""
+    """The products that the kernels in Gluon take, where their launches differ; and those of any number of tokens."""
     seen = set()
+    launches = [(m, False) for m in tokens] + [(m, True) for m in tokens if m == planes_launch.PINNED_TOKENS]
     for name, scheme in _OF_HOPPER.items():
         for dtype in ("bfloat16", "float16") if name in _MAIN else ("bfloat16",):
-            for shape in (_SHAPE, _MIDDLE_SHAPE, _LARGE_SHAPE):
-                for m in tokens:
-                    case = hopper_case(_product_case(kernel, arch, name, scheme, dtype, m, shape),
-                                       form_of(scheme, shape[1]), shape, m)  # fmt: skip
-                    key = case and (name, dtype, case.function, tuple(case.constants.items()), case.num_warps)
-                    if case is not None and key not in seen:
-                        seen.add(key)
-                        yield case
+            for shape, (m, pinned) in product(_HOPPER_SHAPES, launches):
+                case = hopper_case(_product_case(kernel, arch, name, scheme, dtype, m, shape),
+                                   form_of(scheme, shape[1]), shape, m, pinned=pinned)  # fmt: skip
+                key = case and (name, dtype, *case.constants.items(), case.num_warps, *case.options.items())
+                if case is not None and key not in seen:
+                    seen.add(key)
+                    yield case
 
 
 def _roles_cases(arch: str) -> Iterator[CompileCase]:
@@ -319,18 +322,22 @@ def _roles_cases(arch: str) -> Iterator[CompileCase]:
 
 
 def _one_cases(kernel: str, arch: str) -> Iterator[CompileCase]:
-    """The product of one token in Gluon, of each sample that it takes."""
-    for name, scheme in _SAMPLES.items():
-        form = form_of(scheme, _SHAPE[1])
-        config = planned_one(form, *_SHAPE) if arch in ONE_ARCHS else None
-        for dtype in ("bfloat16", "float16") if name in _MAIN else ("bfloat16",):
+    """The product of one token in Gluon, of each sample that it takes, where its launches differ."""
+    for name, scheme in {**_SAMPLES, **_OF_HOPPER}.items() if arch in ONE_ARCHS else ():
+        shapes: dict[OneConfig, tuple[int, int]] = {}
+        for shape in _HOPPER_SHAPES:
+            config = planned_one(form_of(scheme, shape[1]), *shape)
             if config is not None:
-                yield _one_case(_product_case(kernel, arch, name, scheme, dtype, 1, _SHAPE), form, config)
+                shapes.setdefault(config, shape)
+        for dtype in ("bfloat16", "float16") if name in _MAIN else ("bfloat16",):
+            for config, shape in shapes.items():
+                yield _one_case(_product_case(kernel, arch, name, scheme, dtype, 1, shape),
+                                form_of(scheme, shape[1]), config, shape[1])  # fmt: skip
 
 
-def _one_case(case: CompileCase, form: Form, config: OneConfig) -> CompileCase:
+def _one_case(case: CompileCase, form: Form, config: OneConfig, columns: int) -> CompileCase:
     unused = ("M", "x_stride")
-    constants = one_constants(form, config, _SHAPE[1], is_half=case.types["x_ptr"] == "*fp16",
+    constants = one_constants(form, config, columns, is_half=case.types["x_ptr"] == "*fp16",
                               has_factors=case.constants["TOKENS"], has_bias=True)
     return replace(
         case, function="anybit.kernels.triton.planes_one:one_kernel", label=f"registers, {case.label}",

@@ -294,7 +294,7 @@ CASES: Final[tuple[tuple[str, Product8], ...]] = (
 )
 # M, N, K; the fourth ends within a block, those after it are compiled where their tiles are others
 _CASE_SIZES: Final = ((1, 4096, 14336), (64, 4096, 14336), (512, 4096, 14336), (16, 4096, 1008), (1, 28672, 4096),
-                      (64, 28672, 4096), (200, 4096, 14336))
+                      (64, 28672, 4096), (200, 4096, 14336), (32, 4096, 14336))
 
 
 def expected_instruction(arch: str, kind: str, bm: int) -> str:

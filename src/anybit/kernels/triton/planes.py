@@ -27,6 +27,8 @@ from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Launch, Pie
 from anybit.kernels.triton.opaque import Launched, Run
 from anybit.kernels.triton.planes_hopper_launch import hopper_config
 from anybit.kernels.triton.planes_launch import (
+    PINNED_CALL,
+    PINNED_TOKENS,
     configure,
     constants,
     expansion,
@@ -55,8 +57,6 @@ _ACTIVATION: Final = "activation_"  # of the names of static activation tensors
 _NO_TENSORS: Final[Mapping[str, Tensor]] = MappingProxyType({})
 # torch's product takes up to six times as long (H200) where the rows that it writes are no multiples of 16 bytes
 _ALIGNED_OUTPUTS: Final = 8  # numbers of 16 bits
-_PINNED_TOKENS: Final = 16  # the configuration of every M where a row's result must not depend on M
-_PINNED_CALL: Final = 256  # tokens of one launch there: each has parts of split-K
 # pieces of 8 significant bits that hold 24, 11 and 8 of them
 _PIECES: Final = {torch.float32: 3, torch.float64: 3, torch.float16: 2, torch.bfloat16: 1}
 _FLUSHES_HALF: Final = ("gfx90a",)  # its matrix unit reads float16 subnormals as zero
@@ -205,7 +205,7 @@ class StoredPlanes(Launched):
 
     def _is_cut(self, x: Tensor) -> bool:
         """True where a call needs several launches, so that each row is computed as it would be alone."""
-        return self._is_pinned and x.shape[0] > _PINNED_CALL
+        return self._is_pinned and x.shape[0] > PINNED_CALL
 
     def _expands(self, tokens: int, *, is_plain: bool) -> bool:
         """True where the plan writes the weights out; ROCm's product gives no float32 result for 16-bit operands."""
@@ -216,8 +216,8 @@ class StoredPlanes(Launched):
         """The product of exact operands x [M, K], with float32 factors of its rows."""
         x = x if x.stride(1) == 1 else x.contiguous()
         if self._is_cut(x):
-            parts = torch.split(x, _PINNED_CALL)
-            some = [None] * len(parts) if factors is None else torch.split(factors, _PINNED_CALL)
+            parts = torch.split(x, PINNED_CALL)
+            some = [None] * len(parts) if factors is None else torch.split(factors, PINNED_CALL)
             return torch.cat([self._multiply(a, b, bias, out_dtype) for a, b in zip(parts, some, strict=True)])
         has_factors = factors is not None
         key = ("exact", x.shape, x.stride(), x.dtype, out_dtype, None if bias is None else bias.dtype, has_factors)
@@ -248,7 +248,7 @@ class StoredPlanes(Launched):
 
         (tokens, columns), rows, form = x.shape, self.shape[0], self._packed.form
         device, arch = x.device, arch_of(x.device)
-        planned = _PINNED_TOKENS if self._is_pinned else tokens
+        planned = PINNED_TOKENS if self._is_pinned else tokens
         one = one_config(form, rows, columns, arch) if planned == 1 else None
         if one is not None:
             from anybit.kernels.triton.planes_one_run import one_call

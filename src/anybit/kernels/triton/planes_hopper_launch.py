@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 from anybit.kernels.triton.planes_form import ROWS, Form
 from anybit.kernels.triton.planes_hopper_roles_launch import RolesConfig, roles_parts, roles_planned
-from anybit.kernels.triton.planes_launch import constants
+from anybit.kernels.triton.planes_launch import PINNED_CALL, PINNED_TOKENS, constants
 
 __all__ = ["HopperConfig", "has_gluon", "hopper_config", "hopper_constants", "hopper_parts", "hopper_seconds",
            "planned", "shared_bytes", "takes"]
@@ -151,10 +151,11 @@ def planned(
 
 
 def hopper_parts(form: Form, rows: int, columns: int, tokens: int) -> int:
-    """Bytes of the sums that programs leave for others in calls of up to so many tokens; pure."""
+    """Bytes of the sums that programs leave for others in calls of up to so many tokens, pinned or not; pure."""
     padded, found = -(-rows // ROWS) * ROWS, [0]
-    for m in {min(tokens, most) for most in (8, 16, 32)}:  # no launch changes within these
-        config = planned(form, rows, columns, m)
+    launches = [(m, planned(form, rows, columns, m)) for m in {min(tokens, most) for most in (8, 16, 32)}]
+    pinned = planned(form, rows, columns, PINNED_TOKENS, pinned=True)
+    for m, config in [*launches, (min(tokens, PINNED_CALL), pinned)]:
         if isinstance(config, HopperConfig):
             found.append(config.part_bytes(m, padded, form.padded(columns)))
     more = roles_parts(form, rows, columns, tokens) if tokens > 32 and takes(form) and columns % _ALIGNED == 0 else 0
@@ -197,7 +198,7 @@ def _resident(config: HopperConfig, count: int) -> HopperConfig:
 
 
 def _in_parts(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig | None:
-    """17 to 32 tokens, and fewer where a row's result must not depend on how many there are: parts of K for all tiles.
+    """Parts of K for all tiles: 17 to 32 tokens, small weights, and where a row's result must not depend on the others.
 
     Left out: fp4 where programs of two warps, which hide more of its decoding, are faster.
     """

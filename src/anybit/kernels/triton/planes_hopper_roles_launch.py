@@ -20,6 +20,7 @@ _UNITS: Final = 132
 _STAGE_BYTES: Final = 222_000  # of shared memory: results pass through the rest, and barriers lie there
 _LEAST: Final = 4  # steps that a program has of a part of a tile, at least
 _MOST_PARTS: Final = 8
+_LONGEST: Final = 8192  # tokens beyond which no launch leaves more: there are tiles for every program
 _DIVIDED: Final = 1.02  # less than is gained so is lost as often
 _ASTRAY: Final = 1.06  # times a step, where programs are long at different blocks of K: fewer read the same x at a time
 
@@ -123,7 +124,7 @@ def roles_planned(form: Form, rows: int, columns: int, tokens: int) -> tuple[flo
 def roles_parts(form: Form, rows: int, columns: int, tokens: int) -> int:
     """Bytes of the sums that programs leave for others in calls of up to so many tokens; pure."""
     step = min(tile.config.tokens for tile in tiles(form))  # no launch changes within it
-    padded, calls = -(-rows // ROWS) * ROWS, range(step, tokens + step, step)
+    padded, calls = -(-rows // ROWS) * ROWS, range(step, min(tokens, _LONGEST) + step, step)
     return 4 * max((roles_planned(form, padded, columns, m)[1].parts for m in calls), default=0)
 
 

@@ -15,9 +15,11 @@ from anybit.kernels.triton.planes_form import ROWS, Form
 from anybit.platforms import Platform
 from anybit.platforms.archs import ARCHS
 
-__all__ = ["Config", "configure", "constants", "decodes_in_pairs", "expansion", "half_factor", "parts_of",
-           "product_constants", "refused_arch", "scratch_rows", "terms_of", "waits"]
+__all__ = ["PINNED_CALL", "PINNED_TOKENS", "Config", "configure", "constants", "decodes_in_pairs", "expansion",
+           "half_factor", "parts_of", "product_constants", "refused_arch", "scratch_rows", "terms_of", "waits"]
 
+PINNED_TOKENS: Final = 16  # the configuration of every M where a row's result must not depend on M
+PINNED_CALL: Final = 256  # tokens of one launch there: each has parts of split-K
 _DECODE: Final = {"int": 0, "float": 1, "table": 2}
 _SCALING: Final = {"row": 0, "group": 1, "fold": 2, "decode": 3}
 _KINDS: Final = {"float": 0, "integer": 1, "e8m0": 2, "e8": 1, "e53": 2}

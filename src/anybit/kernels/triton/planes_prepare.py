@@ -58,7 +58,9 @@ class Packed:
 
 
 def pack(weight: QuantizedWeight, dtype: torch.dtype) -> Packed | None:
-    """The weight in the layout, for activations of `dtype`; None if act-order groups differ in size.
+    """The weight in the layout, for activations of `dtype`; None if it does not fit.
+
+    That is where act-order groups differ in size, or zero points go beyond 127 (255 for codes of 8 bits).
 
     The scheme has passed `planes_form.reasons_against`.
     """
@@ -73,6 +75,8 @@ def pack(weight: QuantizedWeight, dtype: torch.dtype) -> Packed | None:
     packed = Packed(form_of(scheme, k), scheme, (n, k), {})
     if permutation is not None:
         packed.tensors["permutation"] = permutation
+    if packed.form.has_zeros and not _zeros_fit(packed.form, weight):
+        return None
     dead = _store_scales(packed, weight, dtype)
     _store_offset(packed, weight)
     _store_rows(packed, weight)
@@ -259,6 +263,14 @@ def _store_offset(packed: Packed, weight: QuantizedWeight) -> None:
         packed.tensors["addend_super"] = _spread_super(
             (offset, *offset.levels), (weight.offset, *weight.offset_scales), packed, form.addend_super
         )
+
+
+def _zeros_fit(form: Form, weight: QuantizedWeight) -> bool:
+    """True if all zero points, as unsigned as the codes are, are what kernels read: mantissas of 7 bits, or bytes."""
+    if weight.offset is None or not weight.offset.numel():
+        return True
+    low, high = (int(v) + form.zero for v in weight.offset.to(torch.int16).aminmax())
+    return low >= 0 and high <= (255 if form.bits == 8 else 127)
 
 
 def _row_values(values: Tensor, level: ScaleLevel | Offset, packed: Packed) -> Tensor:
