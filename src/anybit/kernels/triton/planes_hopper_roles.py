@@ -22,7 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from anybit.kernels.triton.planes_hopper_roles_decode import LACKS_BF16, LACKS_FP16, folded, operands
+from anybit.kernels.triton.planes_hopper_roles_decode import folded, operands
+from anybit.kernels.triton.planes_registers import _lacks
 from anybit.kernels.triton.w8a8_hopper_jit import add_scaled, load_tile
 
 
@@ -250,7 +251,7 @@ def _multiply(
         if WAITS and i == steps:
             tl.extra.cuda.gdc_launch_dependents()
         rm = gl.arange(0, BM, OF_X)
-        LACKS: gl.constexpr = 1.0 if FOLD else LACKS_BF16 if gl.bfloat16 == D else LACKS_FP16
+        LACKS: gl.constexpr = 1.0 if FOLD else _lacks(0, 4, 0, D)
         if not SMALL:
             row = gl.load(row_ptr + row_first + rn, mask=row_first + rn < NP, other=0.0)
         acc = (acc * (mult * LACKS)) * row[:, None]

@@ -10,30 +10,17 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from anybit.kernels.triton.planes_hopper import _factor
-from anybit.kernels.triton.planes_kernels import _MUL_BF16, _MUL_FP16, _select
+from anybit.kernels.triton.planes_hopper import _ZEROS_BF16, _ZEROS_FP16, _factor
+from anybit.kernels.triton.planes_kernels import _HIGH, _LOW, _MUL_BF16, _MUL_FP16, _select
 
-__all__ = ["LACKS_BF16", "LACKS_FP16", "folded", "operands"]
-
-LACKS_BF16, LACKS_FP16 = gl.constexpr(64.0), gl.constexpr(512.0)  # what decoded integers lack
-
-
-def _minus(type_: str) -> str:
-    """-z * 2^-6 (bf16) or -z * 2^-9 (fp16) for zero points z < 128: the mantissa of 2 + z * 2^-6 is z, too."""
-    body = f"or.b32 t, $1, 0x40004000; mov.b32 u, {_TWICE[type_, -1.0]}; mov.b32 v, 0x40004000;"
-    return "{.reg .b32 t, u, v; " + f"{body} fma.rn.{type_}x2 $0, t, u, v;" + "}"
+__all__ = ["folded", "operands"]
 
 
 def _integers(byte: int, type_: str) -> str:
-    """A byte of two words as two integers each, times 2^-6 or 2^-9, plus $4 and $6.
-
-    As mantissas of subnormals, in bits 0 to 3 and 4 to 7, they are multiples of a power of two without more ado: the
-    exponent's lowest bit, which bf16 has at bit 7, counts like one of the mantissa.
-    """
-    low, high = _TWICE[type_, "low"], _TWICE[type_, "high"]
+    """A byte of two words as two integers each, times 2^-6 or 2^-9, plus $4 and $6 (`planes_kernels._nibbles`)."""
     body = (f"prmt.b32 t, $2, $3, {_select(2 * byte)}; "
-            f"and.b32 u, t, 0x000F000F; mov.b32 v, {low}; fma.rn.{type_}x2 $0, u, v, $4; "
-            f"and.b32 u, t, 0x00F000F0; mov.b32 v, {high}; fma.rn.{type_}x2 $1, u, v, $6;")
+            f"and.b32 u, t, 0x000F000F; mov.b32 v, {_LOW[type_]}; fma.rn.{type_}x2 $0, u, v, $4; "
+            f"and.b32 u, t, 0x00F000F0; mov.b32 v, {_HIGH[type_]}; fma.rn.{type_}x2 $1, u, v, $6;")
     return "{.reg .b32 t, u, v; " + body + "}"
 
 
@@ -53,12 +40,6 @@ def _floats(byte: int, magnitude: int, multiply: str) -> str:
     return "{.reg .b32 t, u, w; " + body + "}"
 
 
-# numbers twice in 32 bits: -1, and what makes codes in the low and high half of a byte multiples of 2^-6, or 2^-9
-_TWICE = {
-    ("bf16", -1.0): "0xBF80BF80", ("bf16", "low"): "0x7F007F00", ("bf16", "high"): "0x7D007D00",
-    ("f16", -1.0): "0xBC00BC00", ("f16", "low"): "0x78007800", ("f16", "high"): "0x68006800",
-}  # fmt: skip
-_MINUS_BF16, _MINUS_FP16 = gl.constexpr(_minus("bf16")), gl.constexpr(_minus("f16"))
 _INTEGERS_BF16 = gl.constexpr(tuple(_integers(i, "bf16") for i in range(4)))
 _INTEGERS_FP16 = gl.constexpr(tuple(_integers(i, "f16") for i in range(4)))
 _FLOATS_BF16 = gl.constexpr(tuple(_floats(i, 6, _MUL_BF16) for i in range(4)))
@@ -99,7 +80,7 @@ def _pair(s0, s1, s2, s3, z_tiles, at, first, f: gl.constexpr, FOLD: gl.constexp
             zero = z_tiles.index(at).slice(first, ROWS).load(gl.SliceLayout(1, DOT)).to(gl.int32)
         else:
             zero = gl.full([ROWS], ZERO, gl.float32, gl.SliceLayout(1, DOT)).to(gl.int32)
-        return gl.inline_asm_elementwise(_MINUS_BF16 if gl.bfloat16 == D else _MINUS_FP16, "=r,r",
+        return gl.inline_asm_elementwise(_ZEROS_BF16 if gl.bfloat16 == D else _ZEROS_FP16, "=r,r",
                                          [zero | (zero << 16)], dtype=gl.int32, is_pure=True, pack=1)
 
 
