@@ -343,7 +343,7 @@ def _one_case(case: CompileCase, form: Form, config: OneConfig, columns: int) ->
         case, function="anybit.kernels.triton.planes_one:one_kernel", label=f"registers, {case.label}",
         types={name: kind for name, kind in case.types.items() if name not in unused}, constants=constants,
         divisible=tuple(name for name in case.divisible if name not in unused), num_warps=config.warps, num_stages=1,
-        options={"launch_pdl": True},
+        options=overlap(True),
     )  # fmt: skip
 
 

@@ -6,13 +6,21 @@ Torch-free. Device code: kernels/triton/rows8_one_jit.py, in Gluon, whose names 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
 from anybit.kernels.compiling import CompileCase, overlap
 from anybit.kernels.linear.triton_w8a8_hopper import takes
-from anybit.kernels.linear.triton_w8a8_tiles import CASES, FP8_NAME, INT8_NAME, UNITS, Operands, Product8, operands
+from anybit.kernels.linear.triton_w8a8_tiles import (
+    FP8_NAME,
+    INT8_NAME,
+    UNITS,
+    Operands,
+    Product8,
+    cases_of_sm_90,
+)
 
 __all__ = ["OneConfig", "configure_one", "constants_of_one", "one_cases"]
 
@@ -82,18 +90,14 @@ _SPILLS: Final = 8  # addresses of rows: the assembler's own choice of 72 regist
 
 def one_cases(arch: str) -> list[CompileCase]:
     """Products in several sizes, as `configure_one` launches them."""
-    if arch != "sm_90":
-        return []
-    cases: dict[str, CompileCase] = {}
-    for label, product in CASES:
-        given = operands(product, arch)
-        assert given is not None
-        for n, k in _SIZES:
-            config = configure_one(n, k, 1, product, given)
-            if config is not None:
-                case = _case(label, product, given, config, k)
-                cases.setdefault(case.label, case)
-    return list(cases.values())
+    return cases_of_sm_90(arch, _cases)
+
+
+def _cases(label: str, product: Product8, given: Operands) -> Iterator[CompileCase]:
+    for n, k in _SIZES:
+        config = configure_one(n, k, 1, product, given)
+        if config is not None:
+            yield _case(label, product, given, config, k)
 
 
 def _case(label: str, product: Product8, given: Operands, config: OneConfig, k: int) -> CompileCase:

@@ -6,20 +6,21 @@ those of `VERSIONS` compile it. What is not taken here is the portable kernel's,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
 
 from anybit.kernels.compiling import CompileCase, overlap
 from anybit.kernels.linear.triton_w8a8_tiles import (
-    CASES,
+    BANDWIDTH,
     FP8_NAME,
     INT8_NAME,
+    UNITS,
     Operands,
     Product8,
+    cases_of_sm_90,
     expected_instruction,
-    operands,
 )
 
 __all__ = [
@@ -30,7 +31,7 @@ __all__ = [
 VERSIONS: Final = ((3, 6), (3, 7), (3, 9))
 LAYOUT: Final = (128, 8, 2)  # of tiles in shared memory: swizzled by 128 bytes, 8 bits an element, two dimensions
 BLOCK: Final = 128  # columns that are multiplied at once
-_UNITS: Final = 132
+_UNITS: Final = UNITS["sm_90"]
 _TILE_BYTES: Final = 208 * 1024  # of shared memory; the results pass through the rest
 _MOST_STAGES: Final = 20
 _TYPES: Final[Mapping[str, str]] = {"int8": "i8", "fp8_e4m3fn": "fp8e4nv", "fp8_e5m2": "fp8e5"}
@@ -43,7 +44,6 @@ _TYPES: Final[Mapping[str, str]] = {"int8": "i8", "fp8_e4m3fn": "fp8e4nv", "fp8_
 _START: Final = 4.5e-6
 _NEXT: Final = 0.5e-6  # from one tile of a program to the next
 _PARTIAL: Final = 1.1  # steps of tiles that reach beyond the rows of x
-_BANDWIDTH: Final = 4.2e12
 _TILES: Final[tuple[tuple[int, int, tuple[float, float, float], float], ...]] = (
     # rows of x, rows of W, seconds of a step: int8, fp8 scaled by row, fp8 scaled in blocks; seconds more where shared
     (64, 64, (140e-9, 146e-9, 165e-9), 6e-6),
@@ -141,7 +141,7 @@ def _config(bm: int, bn: int, n: int, k: int, m: int, *, is_shared: bool) -> Hop
 def _seconds(config: HopperConfig, n: int, k: int, m: int, step: float) -> float:
     """Modelled time of a product alone."""
     tiles, blocks = config.tiles(m, n), -(-k // BLOCK)
-    read = n * k / _BANDWIDTH
+    read = n * k / BANDWIDTH
     if config.share:
         return _START + max(config.share * step, read)
     whole, rest = divmod(tiles, _UNITS)
@@ -174,18 +174,14 @@ _SIZES: Final = (
 
 def hopper_cases(arch: str) -> list[CompileCase]:
     """Products in several sizes, as `configure_hopper` launches them."""
-    if arch != "sm_90":
-        return []
-    cases: dict[str, CompileCase] = {}
-    for label, product in CASES:
-        given = operands(product, arch)
-        assert given is not None
-        for m, n, k in _SIZES:
-            config = configure_hopper(n, k, m, product, given)
-            if config is not None:
-                case = _case(label, product, given, config)
-                cases.setdefault(case.label, case)
-    return list(cases.values())
+    return cases_of_sm_90(arch, _cases)
+
+
+def _cases(label: str, product: Product8, given: Operands) -> Iterator[CompileCase]:
+    for m, n, k in _SIZES:
+        config = configure_hopper(n, k, m, product, given)
+        if config is not None:
+            yield _case(label, product, given, config)
 
 
 def _case(label: str, product: Product8, given: Operands, config: HopperConfig) -> CompileCase:

@@ -7,7 +7,7 @@ cases are the very configurations that `configure` gives to a launch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
@@ -35,7 +35,8 @@ UNITS: Final[Mapping[str, int]] = {
     "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_103": 148, "sm_120": 170, "sm_121": 48,
     "gfx90a": 104, "gfx942": 304, "gfx950": 256, "gfx1100": 48, "gfx1151": 20, "gfx1200": 16, "gfx1201": 32,
 }
-_BANDWIDTH, _BLOCK, _ADDING = 4.2e12, 0.2e-6, 2e-6  # see _pays
+BANDWIDTH: Final = 4.2e12  # at which an H200 reads weights
+_BLOCK, _ADDING = 0.2e-6, 2e-6  # see _pays
 _PINNED_M: Final = 64  # rows for which tiles are chosen where every M must give the same bits
 
 
@@ -194,7 +195,7 @@ def _pays(shared: Config, n: int, k: int) -> bool:
     As measured on an H200: a program takes _BLOCK for a block of 64 rows of W, all together at least as long as W's
     bytes take to come, and _ADDING where sums meet in memory.
     """
-    read, alone = n * k / _BANDWIDTH, -(-k // shared.bk) * _BLOCK
+    read, alone = n * k / BANDWIDTH, -(-k // shared.bk) * _BLOCK
     return max(read, alone / shared.split) + _ADDING < max(read, alone)
 
 
@@ -311,6 +312,21 @@ def expected_instruction(arch: str, kind: str, bm: int) -> str:
 
 def _mma(kind: str) -> str:
     return _INSTRUCTIONS[("sm_89" if kind == "fp8" else "sm_80", kind)]
+
+
+def cases_of_sm_90(
+    arch: str, cases_of: Callable[[str, Product8, Operands], Iterable[CompileCase]]
+) -> list[CompileCase]:
+    """What a kernel for sm_90 alone compiles: the cases of each product, by label, each label once."""
+    if arch != "sm_90":
+        return []
+    found: dict[str, CompileCase] = {}
+    for label, product in CASES:
+        given = operands(product, arch)
+        assert given is not None
+        for case in cases_of(label, product, given):
+            found.setdefault(case.label, case)
+    return list(found.values())
 
 
 def compile_cases(arch: str) -> list[CompileCase]:

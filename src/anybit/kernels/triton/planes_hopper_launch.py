@@ -14,15 +14,15 @@ from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, NamedTuple
 
+from anybit.kernels.compiling import overlap
 from anybit.kernels.triton.planes_form import ROWS, Form
 from anybit.kernels.triton.planes_hopper_roles_launch import RolesConfig, roles_parts, roles_planned
-from anybit.kernels.triton.planes_launch import PINNED_CALL, PINNED_TOKENS, constants
+from anybit.kernels.triton.planes_launch import MULTIPROCESSORS, PINNED_CALL, PINNED_TOKENS, constants
 
 __all__ = ["HopperConfig", "has_gluon", "hopper_config", "hopper_constants", "hopper_parts", "hopper_seconds",
            "planned", "shared_bytes", "takes"]
 
 _ARCH: Final = "sm_90"
-_MULTIPROCESSORS: Final = 132
 _FIRST, _LAST = (3, 5), (3, 9)  # versions of Triton whose Gluon the kernels are written for
 _SPECIALIZES: Final = (3, 6)  # the first in which warps are given different work as `planes_hopper_roles` does
 _AT_ONCE: Final = 256  # inputs that the kernels take at once
@@ -65,7 +65,7 @@ class HopperConfig:
     @property
     def options(self) -> dict[str, Any]:
         """Of the launch, beside the number of warps."""
-        return {"launch_pdl": True} | ({"maxnreg": self.registers} if self.registers else {})
+        return overlap(True) | ({"maxnreg": self.registers} if self.registers else {})
 
     def tiles(self, tokens: int, rows: int) -> int:
         """Tiles of a product [tokens, rows], rows padded."""
@@ -80,7 +80,7 @@ class HopperConfig:
         """How programs share the steps of a product of a weight [rows, columns], rows padded."""
         tiles, blocks = self.tiles(tokens, rows), -(-columns // _AT_ONCE)
         if self.resident:
-            programs = min(self.resident * _MULTIPROCESSORS, tiles * blocks)
+            programs = min(self.resident * MULTIPROCESSORS, tiles * blocks)
             return Line(programs, blocks, *divmod(tiles * blocks, programs))
         share = -(-blocks // self.split)
         return Line(tiles * self.split, share * self.split, share, 0)
@@ -145,7 +145,7 @@ def planned(
     made = _in_line(form, rows, columns, tokens)
     steps = made.tiles(tokens, rows) * -(-columns // _AT_ONCE)
     # where most shares would be a single step, tiles have as many parts as K has steps, and their sums cost more
-    if made.resident and steps < _LEAST_SHARE * made.resident * _MULTIPROCESSORS:
+    if made.resident and steps < _LEAST_SHARE * made.resident * MULTIPROCESSORS:
         return _in_parts(form, rows, columns, tokens)
     return made
 
@@ -178,14 +178,14 @@ def _in_line(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig:
     bm, is_broad = 8 if tokens <= 8 else 16, rows % 128 == 0
     tiles, steps = rows // 128, rows // 128 * -(-columns // _AT_ONCE)
     if form.scaling != "fold":
-        if bm == 16 and is_broad and 0.8 <= tiles / (2 * _MULTIPROCESSORS) <= 1 and not form.has_zeros:
+        if bm == 16 and is_broad and 0.8 <= tiles / (2 * MULTIPROCESSORS) <= 1 and not form.has_zeros:
             return HopperConfig(16, 128)  # nothing to share: two whole tiles a multiprocessor, nearly everywhere
         if bm == 8 and is_broad:
             return _resident(HopperConfig(8, 128), 3)
         return _resident(HopperConfig(bm, 64), 5 if bm == 8 else 4)
     if form.group != 16:
         return HopperConfig(bm, 64, resident=5)
-    if is_broad and steps < 8 * _MULTIPROCESSORS:
+    if is_broad and steps < 8 * MULTIPROCESSORS:
         return HopperConfig(bm, 128, warps=8, flight=4, resident=3)
     if is_broad and (bm == 8 or tiles >= 40):
         return HopperConfig(bm, 128, flight=4, resident=4 if bm == 8 else 3)
@@ -204,7 +204,7 @@ def _in_parts(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig 
     """
     is_sum, is_fine = form.scaling != "fold", form.group == 16
     bm, blocks = 8 if tokens <= 8 else 16 if tokens <= 16 else 32, -(-columns // _AT_ONCE)
-    is_broad, is_huge = rows >= 12800 and rows % 128 == 0, rows >= 3 * 128 * _MULTIPROCESSORS
+    is_broad, is_huge = rows >= 12800 and rows % 128 == 0, rows >= 3 * 128 * MULTIPROCESSORS
     narrow = HopperConfig(bm, 64, stages=2, flight=4 if is_fine else 2)
     if is_fine and not is_sum and is_huge and tokens > 4 and rows % 128 == 0:
         narrow = replace(narrow, rows=128)
@@ -217,14 +217,14 @@ def _in_parts(form: Form, rows: int, columns: int, tokens: int) -> HopperConfig 
         return None
     if is_fine and not is_sum and bm == 16 and rows > 3072 and rows % 128 == 0:
         tile = replace(narrow, rows=128, stages=3 if rows * columns <= 2**24 else 2)
-        return replace(tile, split=_parts(blocks, 3 * _MULTIPROCESSORS // (rows // 128), 8))
+        return replace(tile, split=_parts(blocks, 3 * MULTIPROCESSORS // (rows // 128), 8))
     if bm == 8 or not is_broad or (bm == 16 and not is_sum):
         if bm == 8 and is_huge and is_sum:
             narrow = replace(narrow, stages=3)
         wanted, most = (650, 8) if bm < 32 else (400, 8 if rows <= 2048 else 4)
         tiles = rows // 64
         # parts of less than four times 256 inputs only where the chip would not be filled
-        least = 4 if tiles * (blocks // 4) >= 2 * _MULTIPROCESSORS or (bm == 32 and tiles >= 64) else 2
+        least = 4 if tiles * (blocks // 4) >= 2 * MULTIPROCESSORS or (bm == 32 and tiles >= 64) else 2
         return replace(narrow, split=_parts(blocks, wanted // tiles, most, least))
     tile = replace(narrow, rows=128)
     return replace(tile, split=_even_parts(blocks, rows // 128))
@@ -240,7 +240,7 @@ def _parts(blocks: int, wanted: int, most: int, least: int = 2) -> int:
 
 def _even_parts(blocks: int, tiles: int) -> int:
     """The fewest parts of K with which programs, two on a multiprocessor, keep four fifths of the chip to the end."""
-    at_once = 2 * _MULTIPROCESSORS
+    at_once = 2 * MULTIPROCESSORS
     for split in range(1, 9):
         programs = tiles * split
         if programs >= 0.8 * at_once * -(-programs // at_once):

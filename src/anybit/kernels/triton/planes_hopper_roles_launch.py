@@ -9,14 +9,13 @@ from math import inf
 from typing import Any, Final, NamedTuple
 
 from anybit.kernels.triton.planes_form import ROWS, Form
-from anybit.kernels.triton.planes_launch import constants
+from anybit.kernels.triton.planes_launch import MULTIPROCESSORS, constants
 
 __all__ = ["X_COLUMNS", "RolesConfig", "Tile", "divided", "roles_bytes", "roles_constants", "roles_parts",
            "roles_planned", "scale_layout", "scales_of", "tiles", "word_layout", "x_layout"]
 
 X_COLUMNS: Final = 64  # inputs of a box of x: 128 bytes
 _AT_ONCE: Final = 256  # inputs of a step
-_UNITS: Final = 132
 _STAGE_BYTES: Final = 222_000  # of shared memory: results pass through the rest, and barriers lie there
 _LEAST: Final = 4  # steps that a program has of a part of a tile, at least
 _MOST_PARTS: Final = 8
@@ -62,7 +61,7 @@ class RolesConfig:
 
     def grid(self, tokens: int, rows: int) -> int:
         """Programs of a product."""
-        return self.programs if self.share else min(self.tiles(tokens, rows), _UNITS)
+        return self.programs if self.share else min(self.tiles(tokens, rows), MULTIPROCESSORS)
 
     @property
     def parts(self) -> int:
@@ -156,26 +155,26 @@ def divided(tile: Tile, rows: int, columns: int, tokens: int) -> Iterator[tuple[
     blocks = -(-columns // _AT_ONCE)
     config = replace(tile.config, blocks=blocks)
     count = config.tiles(tokens, rows)
-    yield tile.start + -(-count // _UNITS) * blocks * tile.step, config
-    most = count // _UNITS
-    if not tile.is_divisible or count == most * _UNITS:
+    yield tile.start + -(-count // MULTIPROCESSORS) * blocks * tile.step, config
+    most = count // MULTIPROCESSORS
+    if not tile.is_divisible or count == most * MULTIPROCESSORS:
         return
     for waves in sorted({most, max(most - 1, 0), 0}, reverse=True):
-        rest = count - waves * _UNITS
+        rest = count - waves * MULTIPROCESSORS
         before = tile.start + waves * blocks * tile.step + tile.shared
-        for parts in range(2, min(_UNITS // rest, blocks // _LEAST, _MOST_PARTS) + 1):
+        for parts in range(2, min(MULTIPROCESSORS // rest, blocks // _LEAST, _MOST_PARTS) + 1):
             share = -(-blocks // parts)
             whole = -(-blocks // share) * share  # beyond the last block is nothing: zeros
             if not waves or whole == blocks:
                 yield (_DIVIDED * (before + whole / share * tile.part + share * tile.step),
                        replace(config, blocks=whole, waves=waves, share=share,
-                               programs=_UNITS if waves else rest * whole // share))
-        share = max(-(-rest * blocks // _UNITS), _LEAST)
-        if share < -(-rest // _UNITS) * blocks:
+                               programs=MULTIPROCESSORS if waves else rest * whole // share))
+        share = max(-(-rest * blocks // MULTIPROCESSORS), _LEAST)
+        if share < -(-rest // MULTIPROCESSORS) * blocks:
             step = tile.step * (_ASTRAY if share > blocks else 1)
             yield (_DIVIDED * (before + blocks / share * tile.part + share * step),
                    replace(config, waves=waves, share=share,
-                           programs=_UNITS if waves else -(-rest * blocks // share)))
+                           programs=MULTIPROCESSORS if waves else -(-rest * blocks // share)))
 
 
 def scales_of(form: Form) -> int:

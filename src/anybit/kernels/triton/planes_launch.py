@@ -15,8 +15,9 @@ from anybit.kernels.triton.planes_form import ROWS, Form
 from anybit.platforms import Platform
 from anybit.platforms.archs import ARCHS
 
-__all__ = ["PINNED_CALL", "PINNED_TOKENS", "Config", "configure", "constants", "decodes_in_pairs", "expansion",
-           "half_factor", "parts_of", "product_constants", "refused_arch", "scratch_rows", "terms_of", "waits"]
+__all__ = ["MULTIPROCESSORS", "PINNED_CALL", "PINNED_TOKENS", "Config", "configure", "constants", "decodes_in_pairs",
+           "expansion", "half_factor", "parts_of", "product_constants", "refused_arch", "scratch_rows",
+           "terms_of", "waits"]
 
 PINNED_TOKENS: Final = 16  # the configuration of every M where a row's result must not depend on M
 PINNED_CALL: Final = 256  # tokens of one launch there: each has parts of split-K
@@ -55,7 +56,7 @@ _BLOCKS: Final = {"sm_80": 432, "sm_86": 336, "sm_89": 512, "sm_90": 528, "sm_10
 # with more tokens Triton 3.9 makes an empty kernel of eight sums of groups in a block: found by the gate
 _FIFTH: Final = ("sm_100", "sm_103")
 _LARGE_TILES: Final = ("sm_90", "sm_100", "sm_103")  # accumulators of a warp group, or beside the registers
-_MULTIPROCESSORS: Final = 132  # of an H200, on which the launches of `_hopper` were measured
+MULTIPROCESSORS: Final = 132  # of an H200, on which the launches of `_hopper` were measured
 _SPLIT_TOKENS: Final = 64  # more tokens fill the chip without splitting K
 
 
@@ -132,7 +133,7 @@ def _hopper(form: Form, rows: int, columns: int, tokens: int) -> Config:
     """
     is_sum = form.scaling == "group"
     is_fine = form.group == 16
-    wide = rows >= 128 * _MULTIPROCESSORS and rows % 128 == 0
+    wide = rows >= 128 * MULTIPROCESSORS and rows % 128 == 0
     if tokens <= 32 and not is_sum:
         return _hopper_few(form, rows, columns, tokens)
     if tokens <= 32:
@@ -141,12 +142,12 @@ def _hopper(form: Form, rows: int, columns: int, tokens: int) -> Config:
     elif tokens <= 64:
         tile, wanted, most = _hopper_64(is_sum=is_sum, is_fine=is_fine, wide=wide, even=rows % 128 == 0), 264, 8
         if tile.rows == 128 and (wide or is_sum):
-            wanted = _MULTIPROCESSORS
+            wanted = MULTIPROCESSORS
     else:
         tile = Config(64, 64) if is_sum or rows % 128 else Config(128, 128, warps=8, stages=2)
         if is_sum and tokens > 256 and rows % 128 == 0:
             tile = Config(64, 128, stages=2)
-        wanted, most = (_MULTIPROCESSORS if tokens <= 256 else 1), 4
+        wanted, most = (MULTIPROCESSORS if tokens <= 256 else 1), 4
     tiles = rows // tile.rows * -(-tokens // tile.tokens)
     split = parts_of(columns // form.block, wanted // tiles, most)
     return replace(tile, split=split, assembly=True)
@@ -155,8 +156,8 @@ def _hopper(form: Form, rows: int, columns: int, tokens: int) -> Config:
 def _hopper_few(form: Form, rows: int, columns: int, tokens: int) -> Config:
     """fp4 with folded scales for at most 32 tokens."""
     is_fine, is_small = form.group == 16, rows <= 2048
-    wide = rows >= 128 * _MULTIPROCESSORS and rows % 128 == 0
-    is_huge = wide and rows >= 3 * 128 * _MULTIPROCESSORS
+    wide = rows >= 128 * MULTIPROCESSORS and rows % 128 == 0
+    is_huge = wide and rows >= 3 * 128 * MULTIPROCESSORS
     bm, blocks = 8 if tokens <= 8 else 16 if tokens <= 16 else 32, columns // form.block
     least = 4 if is_fine else 2
     if tokens <= 8:
@@ -178,7 +179,7 @@ def _hopper_pairs(form: Form, rows: int, columns: int, tokens: int) -> Config:
     Programs of two warps: x of 16 inputs is then copied four bytes at a time, and so are scales that the operand takes.
     """
     bm = 8 if tokens <= 8 else 16
-    is_wide = rows >= 128 * _MULTIPROCESSORS
+    is_wide = rows >= 128 * MULTIPROCESSORS
     if form.scaling == "decode":
         tile, wanted = Config(bm, 64, warps=2), 792
     elif form.bits == 8:
@@ -195,7 +196,7 @@ def _hopper_pairs(form: Form, rows: int, columns: int, tokens: int) -> Config:
 
 def _even_parts(tiles: int) -> int:
     """Parts of K, two at least, with which programs, two on a multiprocessor, keep four fifths of them to the end."""
-    at_once = 2 * _MULTIPROCESSORS
+    at_once = 2 * MULTIPROCESSORS
     for split in range(2, 9):
         programs = tiles * split
         if programs >= 0.8 * at_once * -(-programs // at_once):

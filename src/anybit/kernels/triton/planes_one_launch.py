@@ -14,13 +14,12 @@ from typing import Any, Final
 
 from anybit.kernels.triton.planes_form import ROWS, Form
 from anybit.kernels.triton.planes_hopper_launch import has_gluon
-from anybit.kernels.triton.planes_launch import constants, decodes_in_pairs, parts_of, terms_of
+from anybit.kernels.triton.planes_launch import MULTIPROCESSORS, constants, decodes_in_pairs, parts_of, terms_of
 
 __all__ = ["ONE_ARCHS", "OneConfig", "fields_of", "one_config", "one_constants", "planned_one", "takes_one"]
 
 ONE_ARCHS: Final = ("sm_90",)  # where it was measured
-_MULTIPROCESSORS: Final = 132
-_PROGRAMS: Final = 6 * _MULTIPROCESSORS  # of four warps, that an H200 holds at once, which wait for memory in turn
+_PROGRAMS: Final = 6 * MULTIPROCESSORS  # of four warps, that an H200 holds at once, which wait for memory in turn
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,9 @@ def planned_one(form: Form, rows: int, columns: int) -> OneConfig | None:
     rows = -(-rows // ROWS) * ROWS
     if form.bits == 8:
         return OneConfig(64, parts_of(blocks, round(_PROGRAMS / (rows // 64)), 16))
-    if rows // 16 >= 10 * _MULTIPROCESSORS:
+    if rows // 16 >= 10 * MULTIPROCESSORS:
         return OneConfig(32, 1, along=4)
-    if rows // 16 >= 4 * _MULTIPROCESSORS:
+    if rows // 16 >= 4 * MULTIPROCESSORS:
         return OneConfig(16, 1, along=4)
     if blocks <= 32 or form.tile == 16:
         wanted = round(_PROGRAMS / 2 / (rows // 16))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from anybit.kernels.compiling import overlap
 from anybit.kernels.triton.launching import ALIGNED, Argument, Call, Launch, Piece, Zeros
 from anybit.kernels.triton.planes_form import Form
 from anybit.kernels.triton.planes_one_launch import OneConfig, one_constants
@@ -42,6 +43,6 @@ def one_call(
          columns, form.padded(columns), pitch if zeros.shape[0] > 1 else 0, 1.0],
         one_constants(form, config, columns, is_half=is_half, has_factors=factors is not None,
                       has_bias=bias is not None),
-        x.device, num_warps=config.warps, launch_pdl=True,
+        x.device, num_warps=config.warps, **overlap(True),
     )  # fmt: skip
     return Call((1, rows), out_dtype, x.device, 1, size, quantize, made, (tiles, config.split))
